@@ -1,0 +1,98 @@
+# `make demo` trains a real model from nothing; `make test` runs the tests. Both set up .venv first.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP_VERSION := 26.3
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup examples demo test lint format bench-latency clean
+
+help:
+	@echo "make demo           set up, then fine-tune MiniLM on two processes through a local yard"
+	@echo "make test           set up, then run the tests (PYTEST_ARGS='-k sampler' narrows them)"
+	@echo "make setup          make .venv and build DeepSpeed's CPU operations (PYTHON=python3.12 picks another)"
+	@echo "make examples       fetch the example models and data (CAUSAL_LM=1: the language model, too)"
+	@echo "make lint           ruff, mypy and the import contracts"
+	@echo "make format         let ruff rewrite what it can"
+	@echo "make bench-latency  measure how long a job takes from submit to its first step"
+	@echo "make clean          remove caches, .venv and the example yard (.tuneyard)"
+
+setup: $(READY)
+
+define CHECK_PYTHON
+import pathlib, sys, sysconfig
+if sys.version_info < (3, 11):
+    sys.exit(f"setup: Tuneyard needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}.\n"
+             "       Name another one: make setup PYTHON=python3.12")
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit("setup: this Python has no venv module. On Debian or Ubuntu: apt-get install python3-venv")
+if not (pathlib.Path(sysconfig.get_path("include")) / "Python.h").is_file():
+    sys.exit("setup: this Python has no headers (Python.h), which DeepSpeed's CPU operations need.\n"
+             "       On Debian or Ubuntu: apt-get install python3-dev")
+endef
+export CHECK_PYTHON
+
+# A build that was killed leaves torch's lock behind, and the next one would wait for it without end.
+define BUILD_OPERATIONS
+import pathlib, signal, sys
+from torch.utils.cpp_extension import get_default_build_root
+from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder
+def give_up(*_):
+    sys.exit("setup: building DeepSpeed's CPU operations took over 15 minutes. If an earlier build was killed,\n"
+             f"       remove its lock: find {get_default_build_root()} -name lock -delete")
+signal.signal(signal.SIGALRM, give_up)
+signal.alarm(900)
+for builder in (ShareMemCommBuilder(), CPUAdamBuilder()):
+    if builder.is_compatible():
+        builder.load(verbose=False)
+endef
+export BUILD_OPERATIONS
+
+# torch goes first: DeepSpeed's own set-up imports it, which is also why builds are not isolated.
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "setup: no $(PYTHON); install Python 3.11 or newer, or name one: make setup PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || { \
+	  echo "setup: no C++ compiler; DeepSpeed's CPU operations need one. On Debian or Ubuntu: apt-get install g++" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "setup: making .venv"; $(PYTHON) -m venv $(VENV); }
+	@echo "setup: installing packages (the first time downloads several hundred megabytes)"
+	@$(BIN)/python -m pip --version | grep -q "^pip $(PIP_VERSION) " || $(PIP) install pip==$(PIP_VERSION)
+	@$(PIP) install -c constraints.txt setuptools wheel hatchling editables ninja py-cpuinfo numpy torch
+	@DS_BUILD_OPS=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@echo "setup: building DeepSpeed's CPU operations (once, a minute or two)"
+	@DS_ACCELERATOR=cpu PATH="$(BIN):$$PATH" $(BIN)/python -c "$$BUILD_OPERATIONS" >$(VENV)/operations.log 2>&1 || { tail -n 30 $(VENV)/operations.log >&2; exit 1; }
+	@touch $@
+
+examples: setup
+	@$(BIN)/python configs/jobs/examples.py $(if $(CAUSAL_LM),--causal-lm)
+
+demo: examples
+	@export TUNEYARD_HOME="$(CURDIR)/.tuneyard" PATH="$(BIN):$$PATH"; \
+	trap 'tuneyard down' EXIT; \
+	tuneyard up && tuneyard submit configs/jobs/sms-spam.yaml --wait
+
+test: examples
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-latency: examples
+	$(BIN)/python benchmarks/latency.py
+
+clean:
+	rm -rf .venv .tuneyard .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,102 @@
+"""A training script that knows nothing of Tuneyard but four environment variables, and runs without them, too.
+
+    TUNEYARD_PROGRESS_FILE   append one JSON object a line: `tuneyard describe` shows the last one
+    TUNEYARD_STOP_FILE       when it appears, save and end with status 10: stopped, not failed
+    TUNEYARD_CHECKPOINT_DIR  kept across restarts
+    TUNEYARD_OUTPUT_DIR      where the model goes
+
+It fits a small network to a fixed function, so there is nothing to download.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+STOPPED = 10
+
+
+def agree(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether any process says so: all of them have to leave the loop at the same step."""
+    votes = torch.tensor([float(flag)], device=accelerator.device)
+    return bool(accelerator.reduce(votes, reduction="sum").item() > 0)
+
+
+def report(phase: str, step: int, steps: int, loss: float | None = None) -> None:
+    """One progress line, if anybody reads it."""
+    if "TUNEYARD_PROGRESS_FILE" in os.environ:
+        line = {"time": time.time(), "phase": phase, "step": step, "steps": steps, "loss": loss}
+        with Path(os.environ["TUNEYARD_PROGRESS_FILE"]).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def save(state: dict[str, object], path: Path) -> None:
+    """Whole or not at all, since the process may be killed at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.rename(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--save-every", type=int, default=10)
+    args = parser.parse_args()
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+    model, optimizer = accelerator.prepare(plain, torch.optim.AdamW(plain.parameters(), lr=1e-2))
+
+    checkpoint = Path(os.environ.get("TUNEYARD_CHECKPOINT_DIR", ".")) / "plain-script.pt"
+    step = 0
+    if "TUNEYARD_CHECKPOINT_DIR" in os.environ and checkpoint.exists():
+        state = torch.load(checkpoint, map_location=accelerator.device, weights_only=True)
+        accelerator.unwrap_model(model).load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+
+    stop_file = os.environ.get("TUNEYARD_STOP_FILE")
+    loss = torch.tensor(0.0)
+    while step < args.steps:
+        # Rows depend on the step and the process alone, so a resumed run sees the rows it would have seen.
+        generator = torch.Generator().manual_seed(step * accelerator.num_processes + accelerator.process_index)
+        inputs = torch.randn(16, 4, generator=generator).to(accelerator.device)
+        loss = torch.nn.functional.mse_loss(model(inputs), inputs.sin().sum(dim=1, keepdim=True))
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        report("train", step, args.steps, loss.item())
+        stop = agree(accelerator, stop_file is not None and Path(stop_file).exists())
+        if (
+            accelerator.is_main_process
+            and "TUNEYARD_CHECKPOINT_DIR" in os.environ
+            and (stop or step % args.save_every == 0)
+        ):
+            weights = accelerator.unwrap_model(model).state_dict()
+            save({"model": weights, "optimizer": optimizer.state_dict(), "step": step}, checkpoint)
+        if stop:
+            accelerator.wait_for_everyone()
+            return STOPPED
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        output = Path(os.environ.get("TUNEYARD_OUTPUT_DIR", "plain-script-model"))
+        save(accelerator.unwrap_model(model).state_dict(), output / "model.pt")
+        print(f"loss {loss.item():.4f} after {step} steps; model in {output}")
+    report("done", step, args.steps, loss.item())
+    accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
