@@ -314,9 +314,9 @@ def _explain(kind: type[BaseModel], document: Document, error: dict[str, Any]) -
             hint = (f"did you mean `{near[0]}`? " if near else "") + f"it is one of: {', '.join(wanted)}"
             return document.error(where, f"{given!r} is not a value of `{dotted(where)}`", code="unknown-value", hint=hint)
         case "value_error":
-            return document.error(
-                where, str(context.get("error", error["msg"])), code="inconsistent", hint="change one of the two"
-            )
+            # Our own validators put the remedy behind the semicolon.
+            message, _, remedy = str(context.get("error", error["msg"])).partition("; ")
+            return document.error(where, message, code="inconsistent", hint=remedy or "change one of the two")
         case "string_pattern_mismatch":
             return document.error(
                 where,

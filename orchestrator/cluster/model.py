@@ -1,0 +1,107 @@
+"""Nodes, GPUs and placements: the cluster as values. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from pydantic import BaseModel, ConfigDict
+
+from launch.contract import NodeShare
+
+
+class Gpu(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    index: int
+    type: str = "GPU"
+    memory_bytes: int | None = None
+
+
+class Node(BaseModel):
+    """One machine as the executor sees it. A node with GPUs takes one rank a GPU, one without takes `cpu_slots`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    name: str
+    address: str
+    cores: int
+    cpu_slots: int
+    gpus: tuple[Gpu, ...] = ()
+    labels: Mapping[str, str] = {}
+
+    def takes(self, accelerator: str) -> bool:
+        """Whether ranks that ask for `accelerator` may run here."""
+        if accelerator == "any":
+            return True
+        if accelerator == "cpu":
+            return not self.gpus
+        if accelerator == "gpu":
+            return bool(self.gpus)
+        return any(gpu.type.lower() == accelerator.lower() for gpu in self.gpus)
+
+
+class Placement(BaseModel):
+    """Which slots of which nodes a gang holds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    device: str
+    """cpu or cuda"""
+    shares: tuple[NodeShare, ...]
+
+    @property
+    def world_size(self) -> int:
+        return sum(share.processes for share in self.shares)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The cluster at one moment: nodes, and what each placement on them holds."""
+
+    nodes: tuple[Node, ...]
+    used_slots: Mapping[str, int] = field(default_factory=dict)
+    """Ranks per node id."""
+    used_gpus: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """GPU indices per node id."""
+
+    @classmethod
+    def of(cls, nodes: Iterable[Node], placements: Iterable[Placement]) -> Snapshot:
+        """The snapshot in which `placements` hold their slots."""
+        snapshot = cls(nodes=tuple(nodes))
+        for placement in placements:
+            snapshot = snapshot.with_placement(placement)
+        return snapshot
+
+    def with_placement(self, placement: Placement) -> Snapshot:
+        """This snapshot after `placement` has taken its slots."""
+        slots, gpus = dict(self.used_slots), dict(self.used_gpus)
+        for share in placement.shares:
+            if placement.device == "cuda":
+                gpus[share.node] = gpus.get(share.node, frozenset()) | frozenset(share.gpus)
+            else:
+                slots[share.node] = slots.get(share.node, 0) + share.processes
+        return Snapshot(nodes=self.nodes, used_slots=slots, used_gpus=gpus)
+
+    def free_gpus(self, node: Node, accelerator: str) -> tuple[int, ...]:
+        """Indices of the free GPUs of `node` that `accelerator` accepts."""
+        used = self.used_gpus.get(node.id, frozenset())
+        anything = accelerator in ("any", "gpu")
+        return tuple(
+            gpu.index
+            for gpu in node.gpus
+            if gpu.index not in used and (anything or gpu.type.lower() == accelerator.lower())
+        )
+
+    def free(self, node: Node, accelerator: str) -> int:
+        """Ranks that `node` can still take for `accelerator`."""
+        if not node.takes(accelerator):
+            return 0
+        if node.gpus:
+            return len(self.free_gpus(node, accelerator))
+        return max(0, node.cpu_slots - self.used_slots.get(node.id, 0))
+
+    def idle(self) -> Snapshot:
+        """The same nodes with nothing on them."""
+        return Snapshot(nodes=self.nodes)

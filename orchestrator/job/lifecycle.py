@@ -1,0 +1,112 @@
+"""States of jobs and attempts, their tables of transitions, and the reasons that go with them. Pure."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from orchestrator.errors import IllegalTransitionError
+
+
+class JobState(enum.StrEnum):
+    """Where a job is; the first four are live."""
+
+    QUEUED = "queued"
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        return not JOB_TRANSITIONS[self]
+
+
+class AttemptState(enum.StrEnum):
+    """Where one gang start is."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    LOST = "lost"  # its node is gone; its ranks may still live until their leash ends
+    ENDED = "ended"
+
+    @property
+    def final(self) -> bool:
+        return not ATTEMPT_TRANSITIONS[self]
+
+
+JOB_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
+    JobState.QUEUED: frozenset({JobState.STARTING, JobState.CANCELLED, JobState.FAILED}),
+    JobState.STARTING: frozenset(
+        {JobState.RUNNING, JobState.STOPPING, JobState.QUEUED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
+    ),
+    JobState.RUNNING: frozenset(
+        {JobState.STOPPING, JobState.QUEUED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
+    ),
+    JobState.STOPPING: frozenset({JobState.QUEUED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}),
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset(),
+    JobState.CANCELLED: frozenset(),
+}
+
+ATTEMPT_TRANSITIONS: dict[AttemptState, frozenset[AttemptState]] = {
+    AttemptState.STARTING: frozenset(
+        {AttemptState.RUNNING, AttemptState.STOPPING, AttemptState.LOST, AttemptState.ENDED}
+    ),
+    AttemptState.RUNNING: frozenset({AttemptState.STOPPING, AttemptState.LOST, AttemptState.ENDED}),
+    AttemptState.STOPPING: frozenset({AttemptState.LOST, AttemptState.ENDED}),
+    AttemptState.LOST: frozenset({AttemptState.RUNNING, AttemptState.STOPPING, AttemptState.ENDED}),
+    AttemptState.ENDED: frozenset(),
+}
+
+
+def check_job_transition(job_id: str, old: JobState, new: JobState, story: Sequence[str] = ()) -> None:
+    """Raises IllegalTransitionError, telling the story so far, unless the table allows old → new."""
+    if new not in JOB_TRANSITIONS[old]:
+        raise _illegal(f"job {job_id}", old, new, story)
+
+
+def check_attempt_transition(
+    job_id: str, attempt: int, old: AttemptState, new: AttemptState, story: Sequence[str] = ()
+) -> None:
+    """Raises IllegalTransitionError, telling the story so far, unless the table allows old → new."""
+    if new not in ATTEMPT_TRANSITIONS[old]:
+        raise _illegal(f"attempt {attempt} of job {job_id}", old, new, story)
+
+
+def _illegal(who: str, old: str, new: str, story: Sequence[str]) -> IllegalTransitionError:
+    told = "; ".join(story) or "nothing recorded"
+    return IllegalTransitionError(f"{who} cannot go from {old} to {new}. So far: {told}", hint="please report this")
+
+
+class ReasonCode(enum.StrEnum):
+    """Why a job is not running."""
+
+    SUBMITTED = "submitted"  # no tick has looked at it yet
+    BEHIND_OTHERS = "behind-others"
+    INSUFFICIENT_FREE = "insufficient-free"
+    NO_NODES = "no-nodes"
+    GANG_TOO_LARGE = "gang-too-large"
+    BACKING_OFF = "backing-off"
+    OLD_ATTEMPT_ENDING = "old-attempt-ending"
+    STARTING = "starting"
+    CANCEL_REQUESTED = "cancel-requested"
+    CANCELLED = "cancelled"
+    DONE = "done"
+    MAX_DURATION = "max-duration"
+    FAILED = "failed"
+
+
+class Reason(BaseModel):
+    """An enum value, one sentence a person understands, and what would change it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    code: ReasonCode
+    sentence: str
+    remedy: str | None = None

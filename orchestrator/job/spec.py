@@ -1,0 +1,195 @@
+"""JobSpec: what the user asked for, validated and frozen. Pure: reading files is `launch.document`, opening data is `check`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, TypeAdapter, field_validator, model_validator
+
+from launch.config import CheckpointSpec, Section, TrainSpec, resolve_paths, validate
+from launch.document import Document
+
+PRIORITIES = {"low": -100, "normal": 0, "high": 100}
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
+
+
+def _seconds(value: Any) -> Any:
+    """`2h`, `30m`, `90s`, `1d` or a number of seconds."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", value.strip())
+        if match is None:
+            raise ValueError(f"{value!r} is not a duration; write 90s, 30m, 2h or 1d")
+        return float(match[1]) * UNITS[match[2]]
+    return value
+
+
+def _priority(value: Any) -> Any:
+    if isinstance(value, str):
+        if value not in PRIORITIES:
+            raise ValueError(f"{value!r} is not a priority; write low, normal, high or a whole number")
+        return PRIORITIES[value]
+    return value
+
+
+Duration = Annotated[float, Field(gt=0), BeforeValidator(_seconds, json_schema_input_type=float | str)]
+Priority = Annotated[
+    int,
+    Field(ge=-1000, le=1000),
+    BeforeValidator(_priority, json_schema_input_type=int | Literal["low", "normal", "high"]),
+]
+
+
+class Resources(Section):
+    """The gang: all of it starts together or nothing does."""
+
+    num_processes: Annotated[int, Field(ge=1, le=65536)] | Annotated[str, Field(pattern=r"^\d+\.\.\d+$")] = 1
+    """One process a GPU. The string `2..8` lets the yard choose within the bounds."""
+    accelerator: str = Field("any", pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._/-]*$")
+    """any, cpu, gpu, or a GPU type such as H100."""
+
+    @field_validator("num_processes")
+    @classmethod
+    def _ordered(cls, value: int | str) -> int | str:
+        if isinstance(value, str):
+            low, high = (int(part) for part in value.split(".."))
+            if not 1 <= low <= high:
+                raise ValueError(f"`{value}`: the lower bound must be at least 1 and not above the upper one")
+        return value
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Fewest and most processes."""
+        if isinstance(self.num_processes, int):
+            return self.num_processes, self.num_processes
+        low, high = self.num_processes.split("..")
+        return int(low), int(high)
+
+
+class Retry(Section):
+    """What a crash or a lost node costs."""
+
+    max_restarts: int = Field(3, ge=0)
+    """How often the job is started again after a failure that was not its own fault."""
+
+
+class FromEnvironment(Section):
+    """A value that is looked up where the job runs, so that it is never stored."""
+
+    from_env: Annotated[str, Field(pattern=ENV_NAME)]
+    """Name of a variable in the environment of the node's agent."""
+
+
+class JobSpec(Section):
+    """What every job file may say to the orchestrator; a TrainingJob or a CommandJob says what runs."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    """Lower-case letters, digits and hyphens, at most 63 characters."""
+    queue: str = Field("default", pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+    """The tenant whose share is used."""
+    priority: Priority = 0
+    """low, normal, high or a whole number; higher starts first."""
+    resources: Resources = Resources()
+    retry: Retry = Retry()
+    max_duration: Duration | None = None
+    """Time the job may run over all its attempts; then it is stopped and fails."""
+    env: dict[Annotated[str, Field(pattern=ENV_NAME)], str | FromEnvironment] = {}
+    """Environment variables. A secret is given as {from_env: NAME}, never by value."""
+    checkpoint: CheckpointSpec = CheckpointSpec()
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, env: dict[str, str | FromEnvironment]) -> dict[str, str | FromEnvironment]:
+        for name, value in env.items():
+            if name.startswith("TUNEYARD_"):
+                raise ValueError(f"env.{name}: names that start with TUNEYARD_ are the yard's own")
+            if isinstance(value, str) and SECRET_NAME.search(name):
+                raise ValueError(
+                    f"env.{name} looks like a secret, and a job file is stored; "
+                    f"write `{name}: {{from_env: {name}}}` and set it where the yard runs"
+                )
+        return env
+
+
+class TrainingJob(TrainSpec, JobSpec):
+    """A job that `launch` trains."""
+
+    @model_validator(mode="after")
+    def _gang_fits_strategy(self) -> TrainingJob:
+        low, high = self.resources.bounds
+        if self.strategy == "single" and low > 1:
+            raise ValueError(
+                f"strategy: single is one process, and resources.num_processes asks for {self.resources.num_processes}"
+            )
+        if self.train.precision == "fp16" and self.resources.accelerator == "cpu":
+            raise ValueError("train.precision: fp16 needs a GPU; on a CPU use bf16 or fp32")
+        if high > self.train.global_batch_size:
+            raise ValueError(
+                f"{high} processes cannot share a train.global_batch_size of {self.train.global_batch_size}: "
+                "each needs at least one row a step"
+            )
+        return self
+
+    def train_spec(self) -> TrainSpec:
+        """The part that the ranks are given."""
+        return TrainSpec.model_validate({name: getattr(self, name) for name in TrainSpec.model_fields})
+
+
+class CommandJob(JobSpec):
+    """A job that runs the user's own command once per process, with RANK, WORLD_SIZE and a rendezvous set."""
+
+    run: tuple[str, ...] = Field(min_length=1)
+    """The command and its arguments, as a list; it runs in the job file's directory."""
+    strategy: Literal["auto", "single", "ddp"] = "auto"
+    """How the launcher sets the processes up; a script that uses DeepSpeed configures it itself."""
+    working_dir: str | None = None
+    """Directory the command runs in; null means the job file's."""
+
+
+AnyJob = TrainingJob | CommandJob
+_stored: TypeAdapter[AnyJob] = TypeAdapter(AnyJob)
+
+
+def load_job(document: Document) -> AnyJob:
+    """The job that a file describes, its paths absolute against the file's directory.
+
+    Raises:
+        SpecErrors: every fault of the file at once.
+    """
+    base = (document.path or Path("job.yaml")).absolute().parent
+    training = [key for key in ("model", "data", "train") if key in document.data]
+    if "run" in document.data and training:
+        raise document.error(
+            ("run",),
+            f"a job either runs a command or trains a model; this file has both `run` and `{training[0]}`",
+            code="run-and-model",
+            hint=f"remove `run`, or remove `{'`, `'.join(training)}`",
+        )
+    if "run" in document.data:
+        job = validate(CommandJob, document)
+        return job.model_copy(update={"working_dir": str((base / (job.working_dir or ".")).resolve())})
+    spec = validate(TrainingJob, document)
+    resolved = resolve_paths(spec, base)
+    assert isinstance(resolved, TrainingJob)
+    return resolved
+
+
+def dump_job(job: AnyJob) -> str:
+    """`job` as JSON that parse_job reads back."""
+    return job.model_dump_json()
+
+
+def parse_job(text: str | bytes) -> AnyJob:
+    """A stored job. Raises pydantic.ValidationError: it was validated when it was stored."""
+    return _stored.validate_json(text, strict=False)
+
+
+def job_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a job file, for editors."""
+    schema = _stored.json_schema(mode="validation")
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "Tuneyard job file"
+    return schema

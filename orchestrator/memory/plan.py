@@ -1,0 +1,39 @@
+"""How a job fits: from what was asked and where it was placed to an ExecutionPlan. Pure."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from launch.contract import Device, EngineName, ExecutionPlan
+from orchestrator.job.spec import AnyJob, CommandJob
+
+MAX_MICRO_BATCH = 32
+
+
+def plan(job: AnyJob, world_size: int, device: Device) -> ExecutionPlan:
+    """The plan of `job` on `world_size` ranks of `device`. `auto` is DDP, or a single process where there is one."""
+    engine = _engine(job.strategy, world_size)
+    if isinstance(job, CommandJob):
+        return ExecutionPlan(
+            engine=engine, world_size=world_size, device=device, micro_batch_size=1, gradient_accumulation_steps=1
+        )
+    rows = -(-job.train.global_batch_size // world_size)
+    micro = min(job.train.micro_batch_size or MAX_MICRO_BATCH, rows)
+    return ExecutionPlan(
+        engine=engine,
+        world_size=world_size,
+        device=device,
+        micro_batch_size=micro,
+        gradient_accumulation_steps=-(-rows // micro),
+        precision=job.train.precision,
+        offload=job.offload if engine.startswith("zero") else "none",
+        activation_checkpointing=job.train.activation_checkpointing,
+    )
+
+
+def _engine(strategy: str, world_size: int) -> EngineName:
+    if strategy == "auto":
+        return "single" if world_size == 1 else "ddp"
+    if strategy == "ddp" and world_size == 1:
+        return "single"
+    return cast(EngineName, strategy)

@@ -1,0 +1,86 @@
+"""What an ended attempt means: its cause, and whether the job is started again. Pure."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launch.contract import ExitCode, RankExit
+
+BACK_OFF_S = 2.0  # doubles with every restart
+MAX_BACK_OFF_S = 300.0
+
+
+class Outcome(enum.StrEnum):
+    """How an attempt ended."""
+
+    SUCCEEDED = "succeeded"
+    STOPPED = "stopped"
+    USER_ERROR = "user-error"
+    DATA_ERROR = "data-error"
+    OUT_OF_MEMORY = "out-of-memory"
+    CONTRACT_MISMATCH = "contract-mismatch"
+    CRASHED = "crashed"
+    KILLED = "killed"
+    NODE_LOST = "node-lost"
+
+
+# One row a cause: is the job started again?
+RETRIED: dict[Outcome, bool] = {
+    Outcome.SUCCEEDED: False,
+    Outcome.STOPPED: False,
+    Outcome.USER_ERROR: False,
+    Outcome.DATA_ERROR: False,
+    Outcome.OUT_OF_MEMORY: False,  # the same plan would run out again
+    Outcome.CONTRACT_MISMATCH: False,
+    Outcome.CRASHED: True,
+    Outcome.KILLED: True,
+    Outcome.NODE_LOST: True,
+}
+
+OUTCOMES: dict[ExitCode, Outcome] = {
+    ExitCode.DONE: Outcome.SUCCEEDED,
+    ExitCode.CRASH: Outcome.CRASHED,
+    ExitCode.STOPPED: Outcome.STOPPED,
+    ExitCode.OUT_OF_MEMORY: Outcome.OUT_OF_MEMORY,
+    ExitCode.DATA_ERROR: Outcome.DATA_ERROR,
+    ExitCode.USER_ERROR: Outcome.USER_ERROR,
+    ExitCode.CONTRACT_MISMATCH: Outcome.CONTRACT_MISMATCH,
+    ExitCode.LEASH_EXPIRED: Outcome.NODE_LOST,
+    ExitCode.KILLED: Outcome.KILLED,
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    outcome: Outcome
+    first: RankExit | None
+    """The rank whose failure came first; the others' are its echo."""
+
+
+def judge(exits: Sequence[RankExit], world_size: int) -> Verdict:
+    """The outcome of an attempt of which these ranks have told how they ended.
+
+    All done is success; any failure is the earliest one's; a rank of which nothing was heard was lost with its node.
+    """
+    failures = sorted(
+        (one for one in exits if one.code not in (ExitCode.DONE, ExitCode.STOPPED)), key=lambda one: one.time
+    )
+    if failures:
+        return Verdict(OUTCOMES[failures[0].code], failures[0])
+    if len(exits) < world_size:
+        return Verdict(Outcome.NODE_LOST, None)
+    if any(one.code == ExitCode.STOPPED for one in exits):
+        return Verdict(Outcome.STOPPED, None)
+    return Verdict(Outcome.SUCCEEDED, None)
+
+
+def may_retry(outcome: Outcome, attempts: int, max_restarts: int) -> bool:
+    """Whether a job that has had `attempts` attempts, the last ending in `outcome`, is started again."""
+    return RETRIED[outcome] and attempts <= max_restarts
+
+
+def back_off(attempts: int) -> float:
+    """Seconds to wait after the `attempts`-th attempt failed."""
+    return float(min(MAX_BACK_OFF_S, BACK_OFF_S * 2 ** (attempts - 1)))

@@ -1,0 +1,105 @@
+"""One scheduling decision: which waiting gangs start now, where, and why the others wait. Pure.
+
+Gang or nothing; higher priority first, then first come, first served; the head blocks, so nobody starves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.cluster.model import Placement, Snapshot
+from orchestrator.job.lifecycle import Reason, ReasonCode
+from orchestrator.schedule.place import largest_gang, place
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A job that wants to start."""
+
+    job_id: str
+    sequence: int
+    """Order of submission."""
+    priority: int
+    min_processes: int
+    max_processes: int
+    accelerator: str
+
+
+@dataclass(frozen=True)
+class Start:
+    job_id: str
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class Wait:
+    job_id: str
+    reason: Reason
+
+
+Decision = Start | Wait
+
+
+def decide(snapshot: Snapshot, waiting: Sequence[Waiting]) -> list[Decision]:
+    """A decision for every waiting job, in queue order.
+
+    A gang that no idle cluster of these nodes could hold does not block the others: it waits with a reason of
+    its own. Any other gang that does not fit holds back all behind it.
+    """
+    decisions: list[Decision] = []
+    head: Waiting | None = None
+    for job in sorted(waiting, key=lambda job: (-job.priority, job.sequence)):
+        impossible = why_impossible(snapshot, job)
+        if impossible is not None:
+            decisions.append(Wait(job.job_id, impossible))
+            continue
+        if head is not None:
+            decisions.append(Wait(job.job_id, _behind(head)))
+            continue
+        placement = _largest_that_fits(snapshot, job)
+        if placement is None:
+            head = job
+            decisions.append(Wait(job.job_id, _no_room(snapshot, job)))
+        else:
+            snapshot = snapshot.with_placement(placement)
+            decisions.append(Start(job.job_id, placement))
+    return decisions
+
+
+def why_impossible(snapshot: Snapshot, job: Waiting) -> Reason | None:
+    """The reason why the gang could not start even if nothing else ran; None if it could."""
+    if not snapshot.nodes:
+        return Reason(code=ReasonCode.NO_NODES, sentence="the yard has no nodes", remedy="start or join a node")
+    most = largest_gang(snapshot.idle(), job.accelerator)
+    if most >= job.min_processes:
+        return None
+    kind = "" if job.accelerator == "any" else f" on {job.accelerator}"
+    return Reason(
+        code=ReasonCode.GANG_TOO_LARGE,
+        sentence=f"the gang needs {job.min_processes} processes{kind}; the whole yard holds {most}",
+        remedy=f"ask for at most {most} processes" if most else "ask for another accelerator, or add such a node",
+    )
+
+
+def _largest_that_fits(snapshot: Snapshot, job: Waiting) -> Placement | None:
+    most = min(job.max_processes, largest_gang(snapshot, job.accelerator))
+    return place(snapshot, most, job.accelerator) if most >= job.min_processes else None
+
+
+def _no_room(snapshot: Snapshot, job: Waiting) -> Reason:
+    free = largest_gang(snapshot, job.accelerator)
+    kind = "" if job.accelerator == "any" else f" on {job.accelerator}"
+    return Reason(
+        code=ReasonCode.INSUFFICIENT_FREE,
+        sentence=f"first in the queue; needs {job.min_processes} processes{kind} at once, {free} can start now",
+        remedy="starts when running jobs end; cancel one, or ask for fewer processes",
+    )
+
+
+def _behind(head: Waiting) -> Reason:
+    return Reason(
+        code=ReasonCode.BEHIND_OTHERS,
+        sentence=f"waits behind {head.job_id}, which is first in the queue",
+        remedy="a higher priority moves it forward",
+    )

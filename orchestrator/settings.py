@@ -1,0 +1,49 @@
+"""Settings of a yard, from `TUNEYARD_*` environment variables. Flags of the CLI win over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Where a yard keeps its things, and how patient it is. All durations are seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="TUNEYARD_", extra="ignore", use_attribute_docstrings=True)
+
+    home: Path = Path("~/.tuneyard")
+    """Directory of the yard's state: database, runs, models, logs."""
+    database_url: SecretStr | None = None
+    """SQLAlchemy URL (it may hold a password); unset means SQLite in `home`."""
+    host: str = "127.0.0.1"
+    """Address the API listens on. Every request needs the token, on loopback too."""
+    port: int = Field(0, ge=0, le=65535)
+    """Port of the API; 0 takes a free one."""
+    token: SecretStr | None = None
+    """The API's token; unset makes one and keeps it in `home`, readable by its owner alone."""
+    cpu_slots: int | None = Field(None, ge=1)
+    """Ranks that one node without GPUs takes at a time; unset means its cores, and at least 4."""
+    tick: float = Field(0.25, gt=0)
+    """Time between two looks of the controller at the world."""
+    leash: float = Field(30.0, gt=0)
+    """A rank ends itself when its node agent has been silent for so long."""
+    leash_margin: float = Field(5.0, ge=0)
+    """Added to the leash before a lost attempt is taken for ended."""
+    lease: float = Field(10.0, gt=0)
+    """A controller that has not renewed its lease for so long can be replaced."""
+    stop_grace: float = Field(60.0, ge=0)
+    """Time a stopped job has to reach a step boundary before its processes are ended."""
+
+    @property
+    def root(self) -> Path:
+        """`home`, absolute."""
+        return self.home.expanduser().resolve()
+
+    @property
+    def url(self) -> str:
+        """The database's SQLAlchemy URL, password and all: never log it."""
+        if self.database_url is not None:
+            return self.database_url.get_secret_value()
+        return f"sqlite:///{self.root / 'yard.db'}"

@@ -1,0 +1,119 @@
+"""What the acting controller writes, inside one transaction that its lease guards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from launch.contract import ProgressLine, RunContract, StopRequest, dumps
+from orchestrator.cluster.model import Placement
+from orchestrator.errors import ConflictError
+from orchestrator.job.lifecycle import (
+    AttemptState,
+    JobState,
+    Reason,
+    check_attempt_transition,
+    check_job_transition,
+)
+from orchestrator.store import schema
+
+
+class Transaction:
+    """Writes guarded by job id and attempt number; states change only as the lifecycle's tables allow."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def set_job(self, job_id: str, state: JobState, reason: Reason, now: float, **columns: Any) -> None:
+        """Move a job to `state` (or keep it there) with the reason for it.
+
+        Raises:
+            IllegalTransitionError: the lifecycle's table does not allow it.
+        """
+        table = schema.jobs
+        old = JobState(
+            self._connection.execute(sa.select(table.c.state).where(table.c.id == job_id).with_for_update()).scalar_one()
+        )
+        if old != state:
+            check_job_transition(job_id, old, state, self._story(job_id))
+            self.event(job_id, None, now, f"job-{state}", {"reason": reason.model_dump(mode="json")})
+        if state.final:
+            columns["finished_at"] = now
+        self._connection.execute(
+            table.update()
+            .where(table.c.id == job_id)
+            .values(state=state, reason=reason.model_dump(mode="json"), **columns)
+        )
+
+    def add_attempt(self, contract: RunContract, placement: Placement, now: float) -> None:
+        """A new attempt, and the job's newest number.
+
+        Raises:
+            ConflictError: the number is not the one that follows the job's newest: another controller was faster.
+        """
+        changed = self._connection.execute(
+            schema.jobs.update()
+            .where(schema.jobs.c.id == contract.job_id, schema.jobs.c.attempts == contract.attempt - 1)
+            .values(attempts=contract.attempt, not_before=None)
+        )
+        if changed.rowcount != 1:
+            raise ConflictError(f"attempt {contract.attempt} of job {contract.job_id} is not the next one")
+        self._connection.execute(
+            schema.attempts.insert().values(
+                job_id=contract.job_id, number=contract.attempt, state=AttemptState.STARTING,
+                contract=contract.model_dump_json(), placement=placement.model_dump_json(),
+                created_at=now, last_contact=now,
+            )
+        )  # fmt: skip
+        shares = {share.node: share.processes for share in placement.shares}
+        self.event(contract.job_id, contract.attempt, now, "attempt-placed", {"nodes": shares, "plan": dumps(contract.plan)})
+
+    def set_attempt(self, job_id: str, number: int, state: AttemptState, now: float, **columns: Any) -> None:
+        """Move an attempt to `state`, or keep it there.
+
+        Raises:
+            IllegalTransitionError: the lifecycle's table does not allow it.
+        """
+        table = schema.attempts
+        mine = (table.c.job_id == job_id) & (table.c.number == number)
+        old = AttemptState(
+            self._connection.execute(sa.select(table.c.state).where(mine).with_for_update()).scalar_one()
+        )
+        if old != state:
+            check_attempt_transition(job_id, number, old, state, self._story(job_id))
+            told = {key: columns[key] for key in ("outcome",) if columns.get(key)}
+            self.event(job_id, number, now, f"attempt-{state}", told)
+        if state.final:
+            columns["ended_at"] = now
+        self._connection.execute(table.update().where(mine).values(state=state, **columns))
+
+    def set_progress(self, job_id: str, number: int, progress: ProgressLine | None, now: float) -> None:
+        """The newest sign of life of an attempt's ranks."""
+        columns: dict[str, Any] = {"last_contact": now}
+        if progress is not None:
+            columns["progress"] = dumps(progress)
+        table = schema.attempts
+        self._connection.execute(
+            table.update().where(table.c.job_id == job_id, table.c.number == number).values(**columns)
+        )
+
+    def set_stop(self, job_id: str, number: int, request: StopRequest, now: float) -> None:
+        """Remember the stop message before it is sent."""
+        self.set_attempt(job_id, number, AttemptState.STOPPING, now, stop=dumps(request))
+
+    def event(self, job_id: str | None, attempt: int | None, now: float, kind: str, data: dict[str, Any]) -> None:
+        self._connection.execute(
+            schema.events.insert().values(job_id=job_id, attempt=attempt, time=now, kind=kind, data=data)
+        )
+
+    def _story(self, job_id: str) -> list[str]:
+        table = schema.events
+        rows = self._connection.execute(
+            sa.select(table.c.time, table.c.kind, table.c.attempt)
+            .where(table.c.job_id == job_id)
+            .order_by(table.c.id.desc())
+            .limit(10)
+        )
+        return [f"{row.time:.1f} {row.kind}" + (f" (attempt {row.attempt})" if row.attempt else "") for row in rows][::-1]
