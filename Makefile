@@ -38,21 +38,18 @@ if not (pathlib.Path(sysconfig.get_path("include")) / "Python.h").is_file():
 endef
 export CHECK_PYTHON
 
-# A build that was killed leaves torch's lock behind, and the next one would wait for it without end.
-define BUILD_OPERATIONS
-import pathlib, signal, sys
-from torch.utils.cpp_extension import get_default_build_root
+# Compiled into the installation, not on first use: a job that is killed while it compiles leaves torch's lock behind,
+# and the next one waits for it without end.
+define CHECK_OPERATIONS
 from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder
-def give_up(*_):
-    sys.exit("setup: building DeepSpeed's CPU operations took over 15 minutes. If an earlier build was killed,\n"
-             f"       remove its lock: find {get_default_build_root()} -name lock -delete")
-signal.signal(signal.SIGALRM, give_up)
-signal.alarm(900)
+from deepspeed.git_version_info import installed_ops
 for builder in (ShareMemCommBuilder(), CPUAdamBuilder()):
-    if builder.is_compatible():
+    assert installed_ops[builder.NAME] or not builder.is_compatible()
+    if installed_ops[builder.NAME]:
         builder.load(verbose=False)
 endef
-export BUILD_OPERATIONS
+export CHECK_OPERATIONS
+OPERATIONS := DS_ACCELERATOR=cpu DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1 DS_BUILD_CPU_ADAM=1
 
 # torch goes first: DeepSpeed's own set-up imports it, which is also why builds are not isolated.
 $(READY): pyproject.toml constraints.txt
@@ -63,10 +60,13 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "setup: making .venv"; $(PYTHON) -m venv $(VENV); }
 	@echo "setup: installing packages (the first time downloads several hundred megabytes)"
 	@$(BIN)/python -m pip --version | grep -q "^pip $(PIP_VERSION) " || $(PIP) install pip==$(PIP_VERSION)
-	@$(PIP) install -c constraints.txt setuptools wheel hatchling editables ninja py-cpuinfo numpy torch
-	@DS_BUILD_OPS=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
-	@echo "setup: building DeepSpeed's CPU operations (once, a minute or two)"
-	@DS_ACCELERATOR=cpu PATH="$(BIN):$$PATH" $(BIN)/python -c "$$BUILD_OPERATIONS" >$(VENV)/operations.log 2>&1 || { tail -n 30 $(VENV)/operations.log >&2; exit 1; }
+	@$(PIP) install -c constraints.txt setuptools wheel hatchling editables ninja packaging py-cpuinfo numpy torch
+	@$(OPERATIONS) $(BIN)/python -c "$$CHECK_OPERATIONS" >/dev/null 2>&1 || { \
+	  echo "setup: building DeepSpeed's CPU operations (once, two minutes or so)"; \
+	  $(OPERATIONS) PATH="$(BIN):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation --no-cache-dir \
+	    --force-reinstall --no-deps deepspeed; }
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(OPERATIONS) $(BIN)/python -c "$$CHECK_OPERATIONS"
 	@touch $@
 
 examples: setup
