@@ -1,0 +1,45 @@
+"""How a rank ends: exit.json first, then the process, by a way that nothing can turn into another status. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from typing import NoReturn
+
+from launch.contract import AttemptFiles, ExitCode, RankError, RankExit, RankResult, write_atomically
+
+
+class Ending:
+    """Writes a rank's exit.json once, whichever of its threads comes first."""
+
+    def __init__(self, files: AttemptFiles, rank: int) -> None:
+        self._files = files
+        self._rank = rank
+        self._lock = threading.RLock()
+
+    def record(
+        self,
+        code: ExitCode,
+        *,
+        error: RankError | None = None,
+        result: RankResult | None = None,
+        signal: int | None = None,
+    ) -> None:
+        """Write how this rank ends. The caller must `leave` next: the lock stays held, so that no other ending,
+        such as the leash's, can be written between the two. A full disk is told on stderr and does not keep the
+        process from ending."""
+        self._lock.acquire()
+        ended = RankExit(rank=self._rank, code=code, time=time.time(), signal=signal, error=error, result=result)
+        try:
+            write_atomically(self._files.exit(self._rank), ended.model_dump_json(indent=2))
+        except OSError as problem:
+            print(f"cannot write {self._files.exit(self._rank)}: {problem}", file=sys.stderr)
+
+    def leave(self, code: ExitCode) -> NoReturn:
+        """End the process at once. Interpreter shutdown is skipped on purpose: native libraries' exit handlers have
+        been seen to abort after a run whose results were right, and torchelastic reads the status."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,283 @@
+"""Two engines with one interface: plain PyTorch (one process, or DDP) and DeepSpeed ZeRO.
+
+Both are handed each micro-batch's share of the step's loss, already divided by the whole global batch, and undo
+whatever averaging they do themselves. So the gradient is the same for any world size, micro-batch and stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
+from transformers import PreTrainedModel
+
+from launch.config import OptimSpec
+from launch.contract import EngineName, ExecutionPlan
+from launch.engine_config import deepspeed_config
+from launch.errors import ContractError, SpecError
+from launch.model import weight_decay_groups
+
+
+class Engine(Protocol):
+    """What the loop needs of an engine."""
+
+    accelerator: Accelerator
+    module: PreTrainedModel
+    """The model itself, without the engine's wrapping."""
+
+    def __call__(self, **inputs: torch.Tensor) -> Any:
+        """The model's output; all ranks call it the same number of times."""
+
+    def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around the forward and backward pass of one micro-batch; gradients are exchanged in the `last`."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss`, a part of the global batch's loss: the ranks' parts add up, not average."""
+
+    def step(self, learning_rate: float) -> None:
+        """Clip, update the weights and forget the gradients."""
+
+    def describe(self) -> ExecutionPlan:
+        """What is running, as found in the live engine."""
+
+    def moment_bytes(self) -> int:
+        """Adam's moments held by this rank."""
+
+    def master_bytes(self) -> int:
+        """fp32 copies of weights that this rank holds beside the weights."""
+
+
+def make_accelerator(plan: ExecutionPlan, optim: OptimSpec, trackers: tuple[str, ...], tracker_dir: str) -> Accelerator:
+    """Join the process group and configure Accelerate for `plan`. Before the model is built: ZeRO-3 shards it as it
+    loads, and learns here that it should.
+
+    Raises:
+        SpecError: a precision that the device does not have.
+        ContractError: the launcher's environment would turn the plan into something else.
+    """
+    if plan.precision == "fp16" and plan.device == "cpu":
+        raise SpecError(
+            "fp16 needs a GPU; a CPU has no fast arithmetic for it",
+            code="precision-not-available",
+            field="train.precision",
+            hint="take bf16 or fp32",
+        )
+    common: dict[str, Any] = {"log_with": list(trackers) or None, "project_dir": tracker_dir}
+    if plan.zero_stage == 0:
+        return Accelerator(
+            cpu=plan.device == "cpu",
+            mixed_precision="no" if plan.precision == "fp32" else plan.precision,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            **common,
+        )
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        raise ContractError(
+            f"ACCELERATE_USE_CPU=true would turn {plan.engine} into plain DDP",
+            field="plan.engine",
+            hint="on a CPU, start DeepSpeed with DS_ACCELERATOR=cpu and ACCELERATE_USE_CPU=false",
+        )
+    os.environ.setdefault("LOCAL_RANK", "0")  # one process started without torchelastic: still a group of one
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        os.environ.setdefault(name, value)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    backend = "gloo" if plan.device == "cpu" else "nccl"
+    return Accelerator(
+        # Precision is DeepSpeed's configuration's to say; an autocast around its engine would be a second opinion.
+        mixed_precision="no",
+        deepspeed_plugin=DeepSpeedPlugin(
+            hf_ds_config=deepspeed_config(optim, plan), zero3_init_flag=plan.zero_stage == 3
+        ),
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
+        **common,
+    )
+
+
+def build_engine(accelerator: Accelerator, model: PreTrainedModel, plan: ExecutionPlan, optim: OptimSpec) -> Engine:
+    """Wrap `model` and its optimizer as `plan` says, and check that this is what came of it.
+
+    Raises:
+        ContractError: the live engine differs from the plan; names every difference.
+    """
+    optimizer = torch.optim.AdamW(
+        weight_decay_groups(model, optim.weight_decay),
+        lr=optim.learning_rate,
+        betas=(optim.adam_beta1, optim.adam_beta2),
+        eps=optim.adam_epsilon,
+    )
+    engine: Engine
+    if plan.zero_stage == 0:
+        engine = PlainEngine(accelerator, model, optimizer, plan, optim.max_grad_norm)
+    else:
+        engine = DeepSpeedEngine(accelerator, model, optimizer)
+    verify(engine.describe(), plan)
+    return engine
+
+
+def verify(found: ExecutionPlan, plan: ExecutionPlan) -> None:
+    """Raises ContractError naming what differs between the engine as found and the plan."""
+    differences = [
+        f"{name} is {getattr(found, name)}, planned {getattr(plan, name)}"
+        for name in ExecutionPlan.model_fields
+        if getattr(found, name) != getattr(plan, name)
+    ]
+    if differences:
+        raise ContractError(
+            "this rank runs something else than planned: " + "; ".join(differences),
+            field="plan",
+            hint="start it with the launcher configuration that belongs to the contract",
+        )
+
+
+class PlainEngine:
+    """One process, or DistributedDataParallel over several."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        plan: ExecutionPlan,
+        max_grad_norm: float | None,
+    ) -> None:
+        self.accelerator = accelerator
+        self.module = model
+        self._wrapped, self._optimizer = accelerator.prepare(model, optimizer)
+        self._plan = plan
+        self._max_grad_norm = max_grad_norm
+
+    def __call__(self, **inputs: torch.Tensor) -> Any:
+        return self._wrapped(**inputs)
+
+    @contextlib.contextmanager
+    def micro_step(self, *, last: bool) -> Iterator[None]:
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self._wrapped):
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.accelerator.backward(loss * self.accelerator.num_processes)  # DDP takes the mean over ranks
+
+    def step(self, learning_rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self._wrapped.parameters(), self._max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def describe(self) -> ExecutionPlan:
+        kind = self.accelerator.distributed_type.value
+        engine: EngineName = "ddp" if isinstance(self._wrapped, nn.parallel.DistributedDataParallel) else "single"
+        assert (engine == "ddp") == (kind in ("MULTI_CPU", "MULTI_GPU")), kind
+        precision = self.accelerator.mixed_precision
+        return self._plan.model_copy(
+            update={
+                "engine": engine,
+                "world_size": self.accelerator.num_processes,
+                "device": self.accelerator.device.type,
+                "precision": "fp32" if precision == "no" else precision,
+                "offload": "none",
+                "activation_checkpointing": self.module.is_gradient_checkpointing,
+            }
+        )
+
+    def moment_bytes(self) -> int:
+        return state_bytes(self._optimizer.optimizer)
+
+    def master_bytes(self) -> int:
+        return 0  # autocast keeps the weights themselves in fp32
+
+
+class DeepSpeedEngine:
+    """DeepSpeed ZeRO, stage 1 to 3."""
+
+    def __init__(self, accelerator: Accelerator, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+        self.accelerator = accelerator
+        self.module = model
+        self._engine, self._optimizer = accelerator.prepare(model, optimizer)
+
+    def __call__(self, **inputs: torch.Tensor) -> Any:
+        return self._engine(**inputs)
+
+    @contextlib.contextmanager
+    def micro_step(self, *, last: bool) -> Iterator[None]:
+        # The last batch of an epoch may need fewer micro-steps than the configuration says.
+        self._engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # ZeRO takes the mean over ranks; the division by accumulation steps is asked not to happen.
+        self._engine.backward(loss * self.accelerator.num_processes, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    def describe(self) -> ExecutionPlan:
+        live = self._engine
+        offload = "none"
+        if live.zero_offload_param() is not None and live.zero_offload_param().device == "cpu":
+            offload = "all"
+        elif live.zero_offload_optimizer() is not None and live.zero_offload_optimizer().device == "cpu":
+            offload = "optimizer"
+        assert self.accelerator.distributed_type.value == "DEEPSPEED", self.accelerator.distributed_type
+        stage = live.zero_optimization_stage()
+        assert _partitions(live.optimizer) == stage, f"stage {stage} is configured, {type(live.optimizer)} is running"
+        return ExecutionPlan.model_validate(
+            {
+                "engine": f"zero{int(stage)}",
+                "world_size": live.dp_world_size,
+                "device": self.accelerator.device.type,
+                "micro_batch_size": live.train_micro_batch_size_per_gpu(),
+                "gradient_accumulation_steps": live.gradient_accumulation_steps(),
+                "precision": "bf16" if live.bfloat16_enabled() else "fp16" if live.fp16_enabled() else "fp32",
+                "offload": offload,
+                "activation_checkpointing": self.module.is_gradient_checkpointing,
+            }
+        )
+
+    def moment_bytes(self) -> int:
+        return state_bytes(self._engine.optimizer.optimizer)
+
+    def master_bytes(self) -> int:
+        zero = self._engine.optimizer
+        masters = zero.fp32_partitioned_groups_flat if _partitions(zero) == 3 else zero.single_partition_of_fp32_groups
+        return sum(master.numel() * master.element_size() for master in masters)
+
+
+def _partitions(optimizer: Any) -> int:
+    """The ZeRO stage that the optimizer object itself is of."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return 3
+    assert isinstance(optimizer, DeepSpeedZeroOptimizer), type(optimizer)
+    return 2 if optimizer.partition_gradients else 1
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of AdamW's two moments in `optimizer`."""
+    return sum(
+        state[moment].numel() * state[moment].element_size()
+        for state in optimizer.state.values()
+        for moment in ("exp_avg", "exp_avg_sq")
+        if moment in state
+    )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has held: allocated on its GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with open("/proc/self/status", encoding="ascii") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    raise AssertionError("the kernel reports no VmHWM")

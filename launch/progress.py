@@ -1,0 +1,66 @@
+"""A rank's progress file: one JSON line per event, flushed, so that a reader is never behind. Torch-free."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from launch.contract import ProgressLine
+
+
+class Progress:
+    """Appends ProgressLines and derives speed and time left from the steps of this attempt."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+        self.curve: list[ProgressLine] = []
+        """Lines of phases `train` and `evaluate`, for the training curve."""
+        self._started: float | None = None
+        self._samples_before = 0
+        self._steps_before = 0
+
+    def write(self, line: ProgressLine) -> None:
+        self._file.write(line.model_dump_json(exclude_none=True) + "\n")
+        self._file.flush()
+        if line.phase in ("train", "evaluate"):
+            self.curve.append(line)
+
+    def phase(self, phase: str, step: int = 0, steps: int | None = None, samples: int = 0) -> None:
+        self.write(ProgressLine(time=time.time(), phase=phase, step=step, steps=steps, samples=samples))
+
+    def start_training(self, step: int, samples: int) -> None:
+        """Speed is measured from here."""
+        self._started = time.monotonic()
+        self._steps_before = step
+        self._samples_before = samples
+
+    def step(self, step: int, steps: int, samples: int, loss: float, learning_rate: float, memory_bytes: int) -> None:
+        assert self._started is not None
+        elapsed = max(time.monotonic() - self._started, 1e-9)
+        done = step - self._steps_before
+        self.write(
+            ProgressLine(
+                time=time.time(),
+                phase="train",
+                step=step,
+                steps=steps,
+                samples=samples,
+                loss=loss,
+                learning_rate=learning_rate,
+                samples_per_s=(samples - self._samples_before) / elapsed,
+                eta_s=elapsed / done * (steps - step),
+                memory_bytes=memory_bytes,
+            )
+        )
+
+    def evaluation(self, step: int, steps: int, samples: int, metrics: dict[str, float]) -> None:
+        self.write(
+            ProgressLine(time=time.time(), phase="evaluate", step=step, steps=steps, samples=samples, metrics=metrics)
+        )
+
+    def samples_per_s(self, samples: int) -> float:
+        """Mean since start_training, evaluation and saving included; 0 before it."""
+        if self._started is None:
+            return 0.0
+        return (samples - self._samples_before) / max(time.monotonic() - self._started, 1e-9)

@@ -1,0 +1,102 @@
+"""Runs a user's own command as one rank: under the leash, with the same files around it. Torch-free."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from launch.contract import (
+    ENV_CHECKPOINT_DIR,
+    ENV_OUTPUT_DIR,
+    ENV_PROGRESS_FILE,
+    ENV_STOP_FILE,
+    AttemptFiles,
+    ExitCode,
+    RankError,
+    RunContract,
+)
+from launch.ending import Ending
+from launch.errors import SpecError
+from launch.leash import hold_leash
+from launch.stop import StopWish
+
+CHECK_EVERY_S = 0.2
+STOP_GRACE_S = 30.0  # what the launcher itself grants after SIGTERM before it kills
+
+
+def run_command(contract: RunContract, files: AttemptFiles, rank: int, ending: Ending, stop: StopWish) -> ExitCode:
+    """Run the command to its end and record it.
+
+    Returns the code that was recorded: DONE for status 0, STOPPED for the status of that name or for a clean end
+    after a stop message, CRASH otherwise.
+
+    Raises:
+        SpecError: the command cannot be started.
+    """
+    assert contract.command is not None
+    child = _start(contract, files, rank)
+    hold_leash(contract.leash_s, ending, before_end=child.kill)
+    while True:
+        try:
+            status = child.wait(CHECK_EVERY_S)
+            break
+        except subprocess.TimeoutExpired:
+            if stop.signalled:
+                stop.pass_on(STOP_GRACE_S)
+    if status == 0:
+        code = ExitCode.STOPPED if files.stop.exists() else ExitCode.DONE
+        ending.record(code)
+    elif status == ExitCode.STOPPED:
+        code = ExitCode.STOPPED
+        ending.record(code)
+    else:
+        code = ExitCode.CRASH
+        by_signal = -status if status < 0 else None
+        how = f"was ended by {signal.Signals(-status).name}" if by_signal else f"ended with status {status}"
+        error = RankError(
+            code="command-failed",
+            message=f"{contract.command[0]} {how}",
+            hint=f"its output is in {files.log(rank)}",
+        )
+        ending.record(code, signal=by_signal, error=error)
+    return code
+
+
+def _start(contract: RunContract, files: AttemptFiles, rank: int) -> subprocess.Popen[bytes]:
+    assert contract.command is not None
+    environment = {
+        **os.environ,
+        ENV_CHECKPOINT_DIR: contract.checkpoint_dir,
+        ENV_OUTPUT_DIR: contract.output_dir,
+        ENV_STOP_FILE: str(files.stop),
+        ENV_PROGRESS_FILE: str(files.progress(rank)),
+    }
+    try:
+        return subprocess.Popen(
+            contract.command, cwd=contract.working_dir, env=environment, preexec_fn=_die_with_parent()
+        )
+    except OSError as problem:
+        raise SpecError(
+            f"cannot start `{contract.command[0]}` in {contract.working_dir or Path.cwd()}: {problem.strerror}",
+            code="command-not-started",
+            field="run",
+            hint="check the command's path and the directory on the node",
+        ) from problem
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """Have the kernel kill the child when this process dies, by SIGKILL too; Linux only."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)  # loaded before the fork: after it, only async-safe calls
+    set_parent_death_signal = 1
+
+    def in_child() -> None:
+        libc.prctl(set_parent_death_signal, signal.SIGKILL)
+
+    return in_child

@@ -1,0 +1,236 @@
+"""Training, from the contract to the model directory, readable top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+
+from launch.config import TrainSpec
+from launch.contract import AttemptFiles, ExitCode, RankResult, RunContract, TrainSummary
+from launch.data import Corpus, Rows, collate, load_corpus
+from launch.engine import Engine, build_engine, make_accelerator, peak_bytes
+from launch.errors import ContractError, DataError, SpecError
+from launch.export import export
+from launch.losses import loss_terms, row_losses
+from launch.metrics import EarlyStop, evaluate, sum_over_ranks
+from launch.model import build_model, load_tokenizer
+from launch.progress import Progress
+from launch.sampler import Indices, Sampler, micro_steps, rank_micro_batches
+from launch.schedule import learning_rate
+from launch.stop import StopWish
+
+
+def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish) -> tuple[ExitCode, RankResult]:
+    """Train what `contract` says, on this rank together with the others.
+
+    Returns DONE after the last step and the export, or STOPPED at the step boundary where the ranks agreed to stop,
+    and what this rank found and measured.
+
+    Raises:
+        SpecError, DataError, ContractError: the job, its data, or what runs is wrong; torch's errors otherwise.
+    """
+    spec, plan = contract.spec, contract.plan
+    assert spec is not None
+    progress = Progress(files.progress(rank))
+    progress.phase("start")
+    accelerator = make_accelerator(plan, spec.train, spec.trackers, str(files.run_dir / "trackers"))
+    set_seed(spec.train.seed + rank)  # dropout: another mask on each rank
+
+    progress.phase("load")
+    tokenizer = load_tokenizer(spec.model)
+    corpus = load_corpus(spec, tokenizer)
+    model = build_model(spec, corpus.labels, int(tokenizer.pad_token_id), checkpointing=plan.activation_checkpointing)
+    engine = build_engine(accelerator, model, plan, spec.train)
+    fingerprint = agreed_fingerprint(engine, corpus.train)
+    if spec.trackers:
+        accelerator.init_trackers("trackers", config={"name": spec.name, "learning_rate": spec.train.learning_rate})
+
+    loop = Loop(contract, spec, engine, corpus, fingerprint, int(tokenizer.pad_token_id), progress, stop)
+    stopped = loop.run()
+    if stopped:
+        return ExitCode.STOPPED, loop.result(None, None)
+
+    metrics = loop.final_metrics()
+    progress.phase("export", loop.step, loop.steps, loop.consumed)
+    export(engine, tokenizer, spec, metrics, progress.curve, Path(contract.output_dir))
+    if spec.trackers:
+        accelerator.end_training()
+    progress.phase("done", loop.step, loop.steps, loop.consumed)
+    return ExitCode.DONE, loop.result(metrics, contract.output_dir)
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What the ranks know together after a step."""
+
+    loss: float
+    stop: bool
+
+
+class Loop:
+    """The steps of one attempt."""
+
+    def __init__(
+        self,
+        contract: RunContract,
+        spec: TrainSpec,
+        engine: Engine,
+        corpus: Corpus,
+        fingerprint: str,
+        pad_token_id: int,
+        progress: Progress,
+        stop: StopWish,
+    ) -> None:
+        self.plan, self.spec, self.optim, self.task = contract.plan, spec, spec.train, spec.model.task
+        self.engine, self.corpus, self.pad_token_id = engine, corpus, pad_token_id
+        self.progress, self.stop = progress, stop
+        self.rank = engine.accelerator.process_index
+        self.sampler = Sampler(fingerprint, self.optim.seed, len(corpus.train), self.optim.global_batch_size)
+        self.steps = self.optim.max_steps or self.sampler.steps_for(self.optim.epochs or 1)
+        self.step = 0
+        self.consumed = 0
+        self.losses: list[float] = []
+        self.first_step_at: float | None = None
+        self.stopped_early = False
+        wanted = micro_steps(self.optim.global_batch_size, self.plan.world_size, self.plan.micro_batch_size)
+        if self.plan.gradient_accumulation_steps != wanted:
+            raise ContractError(
+                f"{self.plan.gradient_accumulation_steps} accumulation steps of {self.plan.micro_batch_size} rows on "
+                f"{self.plan.world_size} ranks are not the global batch of {self.optim.global_batch_size} rows",
+                field="plan.gradient_accumulation_steps",
+                hint=f"{wanted} would be",
+            )
+
+    def run(self) -> bool:
+        """Train to the last step; True if the ranks agreed to stop before it."""
+        early = self.optim.early_stopping
+        early_stop = EarlyStop(early.metric, early.patience, early.min_delta) if early else None
+        held_out = self.corpus.validation or self.corpus.test
+        if early_stop is not None and held_out is None:
+            raise SpecError(
+                "early stopping has nothing to look at: there is neither validation nor test data",
+                code="no-held-out-data",
+                field="train.early_stopping",
+                hint="add data.validation, or data.split.validation",
+            )
+        self.engine.module.train()
+        self.progress.start_training(self.step, self.consumed)
+        while self.step < self.steps:
+            outcome = self.train_step()
+            if outcome.stop and self.step < self.steps:
+                return True
+            if held_out is not None and self.optim.eval_every and self.step % self.optim.eval_every == 0:
+                metrics = self.evaluated(held_out)
+                if early_stop is not None and early_stop.sees(metrics):
+                    self.stopped_early = True
+                    break
+        return False
+
+    def train_step(self) -> StepOutcome:
+        """One optimizer step on the next global batch, and the one small all-reduce by which the ranks agree."""
+        rows = self.corpus.train
+        batch = self.sampler.batch(self.consumed)
+        rate = learning_rate(
+            self.optim.schedule, self.optim.learning_rate, self.optim.warmup_steps, self.step, self.steps
+        )
+        loss_sum = self.accumulate(rows, batch, loss_terms(rows, batch, self.task))
+        shared = sum_over_ranks(self.engine, torch.tensor([loss_sum, float(self.stop.wished())], dtype=torch.float64))
+        loss = float(shared[0]) / loss_terms(rows, batch, self.task)
+        if not math.isfinite(loss):
+            raise SpecError(
+                f"the loss is {loss} at step {self.step + 1}",
+                code="loss-not-finite",
+                field="train.learning_rate",
+                hint="lower the learning rate, add warmup_steps, or take bf16 or fp32 instead of fp16",
+            )
+        self.engine.step(rate)
+        self.step += 1
+        self.consumed += len(batch)
+        self.losses.append(loss)
+        self.first_step_at = self.first_step_at or time.time()
+        if self.step % self.optim.log_every == 0 or self.step == self.steps:
+            memory = peak_bytes(self.engine.accelerator.device)
+            self.progress.step(self.step, self.steps, self.consumed, loss, rate, memory)
+            if self.spec.trackers:
+                self.engine.accelerator.log({"train/loss": loss, "train/learning_rate": rate}, step=self.step)
+        return StepOutcome(loss=loss, stop=float(shared[1]) > 0)
+
+    def accumulate(self, rows: Rows, batch: Indices, terms: int) -> float:
+        """Gradient of the mean loss over `batch`; returns the sum of this rank's losses."""
+        parts = rank_micro_batches(batch, self.rank, self.plan.world_size, self.plan.micro_batch_size)
+        loss_sum = 0.0
+        for i, part in enumerate(parts):
+            micro = collate(rows, part.rows, self.pad_token_id, causal=self.task == "causal-lm")
+            micro = micro.to(self.engine.accelerator.device)
+            with self.engine.micro_step(last=i == len(parts) - 1):
+                logits = self.engine(input_ids=micro.input_ids, attention_mask=micro.attention_mask).logits
+                loss = row_losses(logits, micro, self.task).sum() * (0.0 if part.dummy else 1.0)
+                self.engine.backward(loss / terms)
+            loss_sum += float(loss.detach())
+        return loss_sum
+
+    def evaluated(self, rows: Rows) -> dict[str, float]:
+        size = self.optim.eval_batch_size or 2 * self.plan.micro_batch_size
+        metrics = evaluate(self.engine, rows, self.task, size, self.pad_token_id)
+        self.progress.evaluation(self.step, self.steps, self.consumed, metrics)
+        if self.spec.trackers:
+            self.engine.accelerator.log({f"eval/{name}": value for name, value in metrics.items()}, step=self.step)
+        return metrics
+
+    def final_metrics(self) -> dict[str, float]:
+        """Metrics of the finished model: on the test part under their names, else on the validation part."""
+        final = self.corpus.test or self.corpus.validation
+        return self.evaluated(final) if final is not None else {}
+
+    def result(self, metrics: dict[str, float] | None, output_dir: str | None) -> RankResult:
+        found = self.engine.describe()
+        summary = TrainSummary(
+            steps=self.step,
+            samples=self.consumed,
+            samples_per_s=self.progress.samples_per_s(self.consumed),
+            losses=tuple(self.losses),
+            first_step_at=self.first_step_at,
+            stopped_early=self.stopped_early,
+        )
+        return RankResult(
+            engine=found.engine,
+            zero_stage=found.zero_stage,
+            world_size=found.world_size,
+            micro_batch_size=found.micro_batch_size,
+            gradient_accumulation_steps=found.gradient_accumulation_steps,
+            precision=found.precision,
+            offload=found.offload,
+            activation_checkpointing=found.activation_checkpointing,
+            peak_bytes=peak_bytes(self.engine.accelerator.device),
+            moment_bytes=self.engine.moment_bytes(),
+            master_bytes=self.engine.master_bytes(),
+            metrics=metrics if self.rank == 0 else None,
+            train=summary if self.rank == 0 else None,
+            output_dir=output_dir if self.rank == 0 else None,
+        )
+
+
+def agreed_fingerprint(engine: Engine, rows: Rows) -> str:
+    """The training data's fingerprint, once all ranks have been seen to have the same.
+
+    Raises:
+        DataError: a rank read something else, for example another copy of a file on its node.
+    """
+    fingerprint = rows.fingerprint()
+    if engine.accelerator.num_processes > 1:
+        everyones: list[str | None] = [None] * engine.accelerator.num_processes
+        torch.distributed.all_gather_object(everyones, fingerprint)
+        if len(set(everyones)) > 1:
+            other = next(rank for rank, value in enumerate(everyones) if value != everyones[0])
+            raise DataError(
+                f"rank {other} reads other training data than rank 0",
+                code="data-differs",
+                field="data.train",
+                hint="put the data where all nodes see the same files",
+            )
+    return fingerprint
