@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from launch.document import read_document
-from orchestrator.job.spec import CommandJob, load_job
+from orchestrator.job.spec import CommandJob, job_schema, load_job
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -222,3 +222,11 @@ def test_example_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     assert module.fetch(good, assets) is True
     assert module.fetch(good, assets) is False
     assert sorted(path.name for path in assets.iterdir()) == ["data", "models"]
+
+
+def test_docs_explain_every_key_of_a_job_file() -> None:
+    text = (ROOT / "docs" / "job-file.md").read_text()
+    explained = {word for quoted in re.findall(r"`([^`]+)`", text) for word in re.findall(r"\w+", quoted)}
+    for name, schema in job_schema()["$defs"].items():
+        for key in schema.get("properties", {}):
+            assert key in explained, f"{name}.{key}"
