@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from launch.config import AdapterSpec, ModelSpec, TrainSpec
 from launch.errors import SpecError
@@ -91,6 +92,10 @@ def load_model(spec: ModelSpec, labels: tuple[str, ...], pad_token_id: int) -> t
             output_loading_info=True,
             ignore_mismatched_sizes=bool(labels),  # a head for other classes is replaced
         )
+    if is_deepspeed_zero3_enabled():
+        # Loading for ZeRO-3 notes every renaming it knows of as if the checkpoint had used it, and saving would
+        # undo them: LayerNorm.weight would become LayerNorm.gamma. Without the note, saving keeps the usual names.
+        model._weight_conversions = None
     missing = set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}
     return model, sorted(missing)
 

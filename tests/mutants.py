@@ -1,0 +1,74 @@
+"""`python -m tests.mutants`: launch with one deliberate mistake, named by the environment variable MUTANT.
+
+Each is a mistake that a training program of this kind could have; a comparison that does not see it is worth nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def no_clip() -> None:
+    import launch.engine
+
+    configured = launch.engine.deepspeed_config
+    launch.engine.deepspeed_config = lambda *arguments: {**configured(*arguments), "gradient_clipping": 0.0}
+
+
+def no_weight_decay() -> None:
+    import launch.engine
+
+    grouped = launch.engine.weight_decay_groups
+    launch.engine.weight_decay_groups = lambda model, _decay: grouped(model, 0.0)
+
+
+def mean_of_means() -> None:
+    """Each micro-batch counts the same, however many rows it has."""
+    import launch.train
+    from launch.data import Rows, collate
+    from launch.sampler import rank_micro_batches
+
+    def accumulate(loop: launch.train.Loop, rows: Rows, batch: Any, _terms: int) -> float:
+        parts = rank_micro_batches(batch, loop.rank, loop.plan.world_size, loop.plan.micro_batch_size)
+        total = 0.0
+        for i, part in enumerate(parts):
+            micro = collate(rows, part.rows, loop.pad_token_id, causal=False)
+            with loop.engine.micro_step(last=i == len(parts) - 1):
+                logits = loop.engine(input_ids=micro.input_ids, attention_mask=micro.attention_mask).logits
+                loss = torch.nn.functional.cross_entropy(logits, micro.targets)
+                loop.engine.backward(loss / len(parts) / loop.plan.world_size)
+            total += 0.0 if part.dummy else float(loss) * len(part.rows)
+        return total
+
+    launch.train.Loop.accumulate = accumulate
+
+
+def no_averaging() -> None:
+    """The ranks never exchange gradients: each trains on its own part."""
+    import launch.engine
+
+    @contextlib.contextmanager
+    def alone(engine: launch.engine.PlainEngine, *, last: bool) -> Iterator[None]:
+        with engine.accelerator.no_sync(engine._wrapped):
+            yield
+
+    launch.engine.PlainEngine.micro_step = alone
+
+
+MUTANTS = {
+    "no-clip": no_clip,
+    "no-weight-decay": no_weight_decay,
+    "mean-of-means": mean_of_means,
+    "no-averaging": no_averaging,
+}
+
+if __name__ == "__main__":
+    MUTANTS[os.environ["MUTANT"]]()
+    from launch.__main__ import main
+
+    main()
