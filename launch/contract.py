@@ -111,6 +111,10 @@ class RunContract(Record):
     command: tuple[str, ...] | None = None
     """The user's own command; exactly one of `spec` and `command` is given."""
     working_dir: str | None = None
+    env: dict[str, str] = {}
+    """The job's own environment variables."""
+    env_from: dict[str, str] = {}
+    """Variables whose values the node's agent takes from its own environment: name there by name here."""
     leash_s: float = 30.0
     """A rank ends itself when its node agent's heartbeat is older than this."""
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from launch.config import DataSpec, SplitSpec, TrainSpec
 from launch.errors import DataError
+from launch.header import columns_of
 from launch.sampler import Indices, shuffled
 from launch.tables import Columns, read_columns
 
@@ -88,16 +89,6 @@ def load_corpus(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase) -> Corpus:
         labels = ()
         rows = {name: _continued(part, spec.data, tokenizer, name) for name, part in parts.items()}
     return Corpus(rows["train"], rows.get("validation"), rows.get("test"), labels)
-
-
-def columns_of(spec: TrainSpec) -> dict[str, str]:
-    """Which columns the job reads: the data field that names it → column."""
-    data = spec.data
-    if spec.model.task == "sequence-classification":
-        return {"text_column": data.text_column, "label_column": data.label_column}
-    if data.prompt_column is not None and data.response_column is not None:
-        return {"prompt_column": data.prompt_column, "response_column": data.response_column}
-    return {"text_column": data.text_column}
 
 
 def split_parts(data: DataSpec, columns: dict[str, str], *, classes: bool) -> dict[str, Columns]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,12 @@ import pyarrow.parquet
 
 from launch.config import HUB_ID
 from launch.errors import DataError
+from launch.header import SUFFIXES, check_columns
 
 if TYPE_CHECKING:
     import datasets
 
 Columns = dict[str, list[Any]]
-
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 
 def read_columns(sources: Sequence[str], columns: dict[str, str], part: str) -> Columns:
@@ -84,21 +83,6 @@ def _read(source: str, part: str, columns: dict[str, str]) -> Columns:
 
 def _names_in(directory: Path) -> list[str]:
     return [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
-
-
-def check_columns(source: str, available: Iterable[str], columns: dict[str, str]) -> None:
-    """Raises DataError naming the field, what there is and the nearest name, if a column is not there."""
-    names = list(available)
-    for field, column in columns.items():
-        if column not in names:
-            near = difflib.get_close_matches(column, names, n=1, cutoff=0.4)
-            known = f"the columns are: {', '.join(names)}"
-            raise DataError(
-                f"{source} has no column `{column}`",
-                code="missing-column",
-                field=f"data.{field}",
-                hint=f"did you mean `{near[0]}`? {known}" if near else known,
-            )
 
 
 def _read_separated(path: Path) -> pyarrow.Table:

@@ -10,6 +10,11 @@ from pydantic import BaseModel, ConfigDict
 from launch.contract import NodeShare
 
 
+# Labels that Tuneyard itself puts on nodes or reads from them.
+NAME_LABEL = "tuneyard.io/name"
+CORES_LABEL = "tuneyard.io/cores"  # a node's CPU slots need not be its cores
+
+
 class Gpu(BaseModel):
     model_config = ConfigDict(frozen=True)
 

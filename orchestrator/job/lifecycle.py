@@ -85,7 +85,7 @@ def _illegal(who: str, old: str, new: str, story: Sequence[str]) -> IllegalTrans
 
 
 class ReasonCode(enum.StrEnum):
-    """Why a job is not running."""
+    """Why a job is where it is."""
 
     SUBMITTED = "submitted"  # no tick has looked at it yet
     BEHIND_OTHERS = "behind-others"
@@ -95,6 +95,7 @@ class ReasonCode(enum.StrEnum):
     BACKING_OFF = "backing-off"
     OLD_ATTEMPT_ENDING = "old-attempt-ending"
     STARTING = "starting"
+    RUNNING = "running"
     CANCEL_REQUESTED = "cancel-requested"
     CANCELLED = "cancelled"
     DONE = "done"

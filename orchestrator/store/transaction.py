@@ -47,6 +47,19 @@ class Transaction:
             .values(state=state, reason=reason.model_dump(mode="json"), **columns)
         )
 
+    def explain(self, job_id: str, reason: Reason) -> None:
+        """Another reason for the state that a job is in."""
+        self._connection.execute(
+            schema.jobs.update().where(schema.jobs.c.id == job_id).values(reason=reason.model_dump(mode="json"))
+        )
+
+    def note_start(self, job_id: str, now: float) -> None:
+        """The first start of a job is when its max_duration begins."""
+        table = schema.jobs
+        self._connection.execute(
+            table.update().where(table.c.id == job_id, table.c.started_at.is_(None)).values(started_at=now)
+        )
+
     def add_attempt(self, contract: RunContract, placement: Placement, now: float) -> None:
         """A new attempt, and the job's newest number.
 

@@ -1,0 +1,80 @@
+"""The column names of a data file, read from its head alone. Cheap enough for the submit path."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from launch.config import TrainSpec
+from launch.errors import DataError
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+MAX_LINE = 1 << 24
+
+
+def read_header(path: Path) -> list[str]:
+    """Column names of a file of a known kind; empty for an empty file.
+
+    Raises:
+        DataError: of no known kind, or not what its ending says.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            return [str(name) for name in pyarrow.parquet.read_schema(path).names]
+        except pyarrow.ArrowInvalid as problem:
+            raise DataError(f"{path} is not a Parquet file: {problem}", hint="write it again") from problem
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path} is of no known kind", hint=f"known endings: {', '.join(SUFFIXES)}")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            line = stream.readline(MAX_LINE)
+    except UnicodeDecodeError as problem:
+        raise DataError(f"{path} is not UTF-8 text", hint="save it as UTF-8") from problem
+    if not line.strip():
+        return []
+    if suffix == ".tsv":
+        return line.rstrip("\r\n").split("\t")
+    if suffix == ".csv":
+        return next(csv.reader([line]))
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as problem:
+        raise DataError(f"{path}:1 is not JSON: {problem.msg}", hint="one object a line") from problem
+    if not isinstance(row, dict):
+        raise DataError(f"{path}:1 is not a JSON object", hint="one object a line")
+    return list(row)
+
+
+def check_columns(source: str, available: Iterable[str], columns: dict[str, str]) -> None:
+    """Check that `columns` (data field that asks for it → column) are all among those that `source` has.
+
+    Raises:
+        DataError: names the field, what there is and the nearest name.
+    """
+    names = list(available)
+    for field, column in columns.items():
+        if column not in names:
+            near = difflib.get_close_matches(column, names, n=1, cutoff=0.4)
+            known = f"the columns are: {', '.join(names)}"
+            raise DataError(
+                f"{source} has no column `{column}`",
+                code="missing-column",
+                field=f"data.{field}",
+                hint=f"did you mean `{near[0]}`? {known}" if near else known,
+            )
+
+
+def columns_of(spec: TrainSpec) -> dict[str, str]:
+    """Which columns the job reads: the data field that names it → column."""
+    data = spec.data
+    if spec.model.task == "sequence-classification":
+        return {"text_column": data.text_column, "label_column": data.label_column}
+    if data.prompt_column is not None and data.response_column is not None:
+        return {"prompt_column": data.prompt_column, "response_column": data.response_column}
+    return {"text_column": data.text_column}

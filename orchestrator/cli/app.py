@@ -1,0 +1,46 @@
+"""The verbs, gathered."""
+
+from __future__ import annotations
+
+import typer
+
+from launch import __version__
+from orchestrator.cli import cancel, describe, doctor, init, logs, ls, nodes, run, schema, submit, up, wait
+
+app = typer.Typer(
+    name="tuneyard",
+    help="Queue, place and run fine-tuning jobs on the GPUs of a cluster, or on one CPU.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    epilog="Exit statuses: 0 done, 1 the job failed, 2 bad input, 3 no yard answers, 4 not possible now, "
+    "5 cancelled, 130 interrupted.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", help="Print the version and end.", callback=_version, is_eager=True),
+) -> None:
+    pass
+
+
+app.command("init")(init.init)
+app.command("run")(run.run)
+app.command("up")(up.up)
+app.command("down")(up.down)
+app.command("submit")(submit.submit)
+app.command("ls")(ls.ls)
+app.command("describe")(describe.describe)
+app.command("logs")(logs.logs)
+app.command("wait")(wait.wait)
+app.command("cancel")(cancel.cancel)
+app.command("nodes")(nodes.nodes)
+app.command("doctor")(doctor.doctor)
+app.command("schema")(schema.schema)

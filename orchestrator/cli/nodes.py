@@ -1,0 +1,26 @@
+"""`tuneyard nodes`."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from orchestrator.cli.output import Format, Output, out, print_json
+
+
+def nodes(output: Output = Format.TEXT) -> None:
+    """List the yard's nodes and what is free on them."""
+    from orchestrator.cli.yard import client
+
+    with client() as yard:
+        views = yard.nodes()
+    if output == Format.JSON:
+        print_json([view.model_dump(mode="json") for view in views])
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("NODE", "ADDRESS", "CORES", "GPUS", "SLOTS", "FREE"):
+        table.add_column(heading)
+    for view in views:
+        gpus = f"{len(view.gpus)} × {view.gpus[0].type}" if view.gpus else "-"
+        slots = len(view.gpus) or view.cpu_slots
+        table.add_row(view.name, view.address, str(view.cores), gpus, str(slots), str(view.free))
+    out.print(table)

@@ -1,0 +1,55 @@
+"""`tuneyard submit`."""
+
+from __future__ import annotations
+
+import typer
+
+from orchestrator.cli.files import JobFile, Overrides, read_job
+from orchestrator.cli.output import Format, Output, job_json, out, print_json
+from orchestrator.cli.progress import follow, summary
+from orchestrator.cli.status import of_job
+
+
+def submit(
+    file: JobFile,
+    set_: Overrides = None,
+    wait: bool = typer.Option(False, "--wait", help="Follow the job to its end; exit 1 if it fails."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Show plan and placement; store nothing."),
+    output: Output = Format.TEXT,
+    quiet: bool = typer.Option(False, "-q", "--quiet", help="With --wait: no progress on stderr."),
+) -> None:
+    """Queue a job file on the yard.
+
+    The file, and all that it names, is checked here first: a job that cannot run is refused and nothing is stored.
+    """
+    job = read_job(file, set_)
+    from orchestrator.cli.yard import client
+
+    with client() as yard:
+        if dry_run:
+            answer = yard.dry_run(job)
+            if output == Format.JSON:
+                print_json(answer.model_dump(mode="json"))
+                return
+            plan = answer.plan
+            out.print(f"plan       {plan.engine} on {plan.world_size} × {plan.device}, {plan.precision}, offload {plan.offload}")
+            out.print(f"micro      {plan.micro_batch_size} rows × {plan.gradient_accumulation_steps} accumulated")
+            if answer.placement is not None:
+                shares = ", ".join(f"{share.processes} on {share.node[:12]}" for share in answer.placement.shares)
+                out.print(f"placement  {shares}, now")
+            else:
+                out.print(f"placement  none yet: {answer.waits}")
+            return
+        view = yard.submit(job)
+        if not wait:
+            if output == Format.JSON:
+                print_json(job_json(view))
+            else:
+                out.print(f"{view.id} {view.state}")
+            return
+        view = follow(yard.follow(view.id), quiet=quiet)
+    if output == Format.JSON:
+        print_json(job_json(view))
+    else:
+        summary(view)
+    raise typer.Exit(of_job(view.state))

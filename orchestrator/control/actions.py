@@ -1,0 +1,119 @@
+"""What reconcile may ask for. Values; `apply` carries them out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from launch.contract import ExecutionPlan, ProgressLine, StopRequest
+from orchestrator.cluster.model import Placement
+from orchestrator.job.lifecycle import JobState, Reason
+from orchestrator.recover.classify import Outcome
+
+
+@dataclass(frozen=True)
+class StartAttempt:
+    """Store a new attempt, then start its gang."""
+
+    job_id: str
+    number: int
+    placement: Placement
+    plan: ExecutionPlan
+
+
+@dataclass(frozen=True)
+class StartAgain:
+    """The attempt was stored, but no agent has taken it on: the controller died in between, or a node was slow."""
+
+    job_id: str
+    number: int
+
+
+@dataclass(frozen=True)
+class MarkRunning:
+    """A rank has shown itself."""
+
+    job_id: str
+    number: int
+
+
+@dataclass(frozen=True)
+class MarkLost:
+    """A node of the attempt does not answer."""
+
+    job_id: str
+    number: int
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class NoteProgress:
+    """The attempt was heard of."""
+
+    job_id: str
+    number: int
+    progress: ProgressLine | None
+
+
+@dataclass(frozen=True)
+class SendStop:
+    """Store the stop message, then pass it on."""
+
+    job_id: str
+    number: int
+    request: StopRequest
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class SendStopAgain:
+    """The message is stored, but it may never have arrived."""
+
+    job_id: str
+    number: int
+    request: StopRequest
+
+
+@dataclass(frozen=True)
+class EndAttempt:
+    """No process of the attempt is left. The job moves on with it, in one transaction."""
+
+    job_id: str
+    number: int
+    outcome: Outcome
+    job_state: JobState
+    reason: Reason
+    not_before: float | None = None
+    error: dict[str, Any] | None = None
+    result: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class FinishJob:
+    """End a job that has no attempt."""
+
+    job_id: str
+    state: JobState
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class Explain:
+    """The state stays; the reason for it is another."""
+
+    job_id: str
+    reason: Reason
+
+
+Action = (
+    StartAttempt
+    | StartAgain
+    | MarkRunning
+    | MarkLost
+    | NoteProgress
+    | SendStop
+    | SendStopAgain
+    | EndAttempt
+    | FinishJob
+    | Explain
+)

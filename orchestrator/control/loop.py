@@ -1,0 +1,218 @@
+"""The controller: observe → reconcile → apply, while it holds the lease."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from launch.contract import RunContract
+from orchestrator.control.actions import (
+    Action,
+    EndAttempt,
+    Explain,
+    FinishJob,
+    MarkLost,
+    MarkRunning,
+    NoteProgress,
+    SendStop,
+    SendStopAgain,
+    StartAgain,
+    StartAttempt,
+)
+from orchestrator.control.reconcile import Facts, Policy, State, reconcile
+from orchestrator.errors import ConflictError, ExecutorError, LeaseLostError, StoreError
+from orchestrator.execute.protocol import Executor
+from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
+from orchestrator.job.spec import AnyJob, FromEnvironment, TrainingJob
+from orchestrator.settings import Settings
+from orchestrator.store.rows import Lease
+from orchestrator.store.store import Store
+
+log = structlog.get_logger()
+
+
+class Controller:
+    """Acts on one database through one executor. Several may run; the lease lets one act."""
+
+    def __init__(
+        self, store: Store, executor: Executor, settings: Settings, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.store = store
+        self.executor = executor
+        self.settings = settings
+        self.clock = clock
+        self.holder = f"{socket.gethostname()}:{os.getpid()}:{id(self):x}"
+        self.lease: Lease | None = None
+        self.wake = threading.Event()
+        self._policy = Policy(
+            leash=settings.leash, leash_margin=settings.leash_margin, stop_grace=settings.stop_grace
+        )
+
+    def run_until(self, done: Callable[[], bool]) -> None:
+        """Tick until `done`, sooner than the period when woken. A database that is away is waited for."""
+        while not done():
+            self.step()
+            self.wait()
+
+    def step(self) -> None:
+        """One tick whose foreseen troubles are logged; the next one tries again."""
+        self.wake.clear()
+        try:
+            self.tick()
+        except LeaseLostError as problem:
+            log.warning("lease lost", error=problem.message)
+            self.lease = None
+        except StoreError as problem:
+            log.error("database trouble; nothing is done until it is back", error=problem.message)
+
+    def wait(self) -> None:
+        """Until the next tick is due, or somebody wakes the controller."""
+        self.wake.wait(self.settings.tick)
+
+    def close(self) -> None:
+        """Let another controller act at once. Attempts go on."""
+        if self.lease is not None:
+            self.store.release_lease(self.lease)
+            self.lease = None
+
+    def tick(self) -> list[Action]:
+        """One look and what follows from it; nothing at all without the lease.
+
+        Raises:
+            LeaseLostError: another controller took over meanwhile.
+            StoreError: the database cannot be used.
+        """
+        now = self.clock()
+        self.lease = self.store.acquire_lease(self.holder, now, self.settings.lease)
+        if self.lease is None:
+            return []
+        state = State(jobs=self.store.jobs(live=True), attempts=self.store.live_attempts())
+        try:
+            facts = self._observe(state)
+        except ExecutorError as problem:
+            log.error("the cluster cannot be asked", error=problem.message)
+            return []
+        actions = reconcile(state, facts, self.clock(), self._policy)
+        specs = {job.id: job.job for job in state.jobs}
+        contracts = {(attempt.job_id, attempt.number): attempt.run for attempt in state.attempts}
+        for action in actions:
+            self._apply(action, self.lease, specs, contracts)
+        return actions
+
+    def _observe(self, state: State) -> Facts:
+        nodes = self.executor.nodes()
+        contracts = [attempt.run for attempt in state.attempts]
+        return Facts(nodes=nodes, statuses=self.executor.poll(contracts) if contracts else {})
+
+    def _apply(
+        self, action: Action, lease: Lease, specs: dict[str, AnyJob], contracts: dict[tuple[str, int], RunContract]
+    ) -> None:
+        now = self.clock()
+        match action:
+            case StartAttempt():
+                self._start(action, lease, specs[action.job_id], now)
+            case StartAgain(job_id, number):
+                self._start_gang(contracts[job_id, number], lease)
+            case MarkRunning(job_id, number):
+                reason = Reason(code=ReasonCode.RUNNING, sentence=f"attempt {number} runs")
+                with self.store.acting(lease) as write:
+                    write.set_attempt(job_id, number, AttemptState.RUNNING, now, started_at=now, last_contact=now)
+                    write.set_job(job_id, JobState.RUNNING, reason, now)
+            case MarkLost(job_id, number, reason):
+                with self.store.acting(lease) as write:
+                    write.set_attempt(job_id, number, AttemptState.LOST, now)
+                    write.explain(job_id, reason)
+            case NoteProgress(job_id, number, progress):
+                with self.store.acting(lease) as write:
+                    write.set_progress(job_id, number, progress, now)
+            case SendStop(job_id, number, request, reason):
+                with self.store.acting(lease) as write:
+                    write.set_stop(job_id, number, request, now)
+                    write.set_job(job_id, JobState.STOPPING, reason, now)
+                self.executor.stop(contracts[job_id, number], request)
+            case SendStopAgain(job_id, number, request):
+                self.executor.stop(contracts[job_id, number], request)
+            case EndAttempt():
+                self._end(action, lease, contracts[action.job_id, action.number], now)
+            case FinishJob(job_id, state, reason):
+                with self.store.acting(lease) as write:
+                    write.set_job(job_id, state, reason, now)
+            case Explain(job_id, reason):
+                with self.store.acting(lease) as write:
+                    write.explain(job_id, reason)
+
+    def _start(self, action: StartAttempt, lease: Lease, job: AnyJob, now: float) -> None:
+        try:
+            port = self.executor.free_port(action.placement)
+        except ExecutorError as problem:
+            log.warning("node does not answer", job=action.job_id, error=problem.message)
+            return
+        contract = self._contract(action, job, port)
+        reason = Reason(code=ReasonCode.STARTING, sentence=f"attempt {action.number} starts")
+        try:
+            with self.store.acting(lease) as write:
+                write.add_attempt(contract, action.placement, now)
+                write.set_job(action.job_id, JobState.STARTING, reason, now)
+                write.note_start(action.job_id, now)
+        except ConflictError as problem:
+            log.warning("attempt exists already", job=action.job_id, error=problem.message)
+            return
+        self._start_gang(contract, lease)
+
+    def _start_gang(self, contract: RunContract, lease: Lease) -> None:
+        try:
+            self.executor.start(contract)
+        except ExecutorError as problem:
+            log.error("start failed", run=contract.run_id, error=problem.message)
+            with self.store.acting(lease) as write:
+                write.event(contract.job_id, contract.attempt, self.clock(), "start-failed", problem.as_dict())
+
+    def _end(self, action: EndAttempt, lease: Lease, contract: RunContract, now: float) -> None:
+        self.executor.release(contract)
+        with self.store.acting(lease) as write:
+            write.set_attempt(action.job_id, action.number, AttemptState.ENDED, now, outcome=action.outcome.value)
+            if action.error is not None:
+                write.event(action.job_id, action.number, now, "attempt-error", action.error)
+            write.set_job(
+                action.job_id,
+                action.job_state,
+                action.reason,
+                now,
+                not_before=action.not_before,
+                error=action.error if action.job_state == JobState.FAILED else None,
+                result=action.result,
+            )
+
+    def _contract(self, action: StartAttempt, job: AnyJob, port: int) -> RunContract:
+        folder = job_dir(self.settings.root, action.job_id)
+        training = job if isinstance(job, TrainingJob) else None
+        output = training.output_dir if training and training.output_dir else str(folder / "model")
+        return RunContract(
+            run_id=f"{action.job_id}.{action.number}",
+            job_id=action.job_id,
+            attempt=action.number,
+            plan=action.plan,
+            nodes=action.placement.shares,
+            main_port=port,
+            run_dir=str(folder / f"attempt-{action.number}"),
+            output_dir=output,
+            checkpoint_dir=str(folder / "checkpoints"),
+            spec=training.train_spec() if training else None,
+            command=job.run if not isinstance(job, TrainingJob) else None,
+            working_dir=job.working_dir if not isinstance(job, TrainingJob) else None,
+            env={name: value for name, value in job.env.items() if isinstance(value, str)},
+            env_from={name: value.from_env for name, value in job.env.items() if isinstance(value, FromEnvironment)},
+            leash_s=self.settings.leash,
+        )
+
+
+def job_dir(root: Path, job_id: str) -> Path:
+    """Where all files of a job lie."""
+    return root / "jobs" / job_id
+

@@ -1,0 +1,216 @@
+"""From what is stored and what is seen to what should be done. Pure: the clock is an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from launch.contract import Device, ExitCode, StopRequest
+from orchestrator.cluster.model import Node, Snapshot
+from orchestrator.control.actions import (
+    Action,
+    EndAttempt,
+    Explain,
+    FinishJob,
+    MarkLost,
+    MarkRunning,
+    NoteProgress,
+    SendStop,
+    SendStopAgain,
+    StartAgain,
+    StartAttempt,
+)
+from orchestrator.control.result import job_error, job_result, metrics_sentence
+from orchestrator.execute.protocol import AttemptStatus
+from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
+from orchestrator.job.spec import AnyJob
+from orchestrator.memory.plan import plan
+from orchestrator.recover.classify import Outcome, Verdict, back_off, judge, may_retry
+from orchestrator.schedule.decide import Start, Waiting, decide
+from orchestrator.store.rows import AttemptRow, JobRow
+
+PROGRESS_S = 1.0  # at most one stored sign of life an attempt in so long
+START_AGAIN_S = 5.0
+START_TIMEOUT_S = 60.0
+SILENCE_S = 3.0  # a node that has not answered for so long is lost
+ECHO_S = 5.0  # time the other nodes have to end once one has failed
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How patient to be, in seconds."""
+
+    leash: float = 30.0
+    leash_margin: float = 5.0
+    stop_grace: float = 60.0
+
+
+@dataclass(frozen=True)
+class State:
+    """What the database holds of the living."""
+
+    jobs: Sequence[JobRow]
+    attempts: Sequence[AttemptRow]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was seen."""
+
+    nodes: Sequence[Node]
+    statuses: Mapping[str, AttemptStatus] = field(default_factory=dict)
+    """By run id."""
+
+
+def reconcile(state: State, facts: Facts, now: float, policy: Policy) -> list[Action]:
+    """The actions that bring the stored state and the world together, in the order to carry them out."""
+    jobs = {job.id: job for job in state.jobs}
+    actions: list[Action] = []
+    holding = []
+    for attempt in state.attempts:
+        status = facts.statuses.get(attempt.run.run_id)
+        decided = list(_attempt(jobs[attempt.job_id], attempt, status, facts, now, policy)) if status else []
+        actions += decided
+        if not any(isinstance(action, EndAttempt) for action in decided):
+            holding.append(attempt)
+    actions += _queue(state, facts, holding, now)
+    return actions
+
+
+def _attempt(
+    job: JobRow, attempt: AttemptRow, status: AttemptStatus, facts: Facts, now: float, policy: Policy
+) -> Iterator[Action]:
+    """What one living attempt needs."""
+    key = (attempt.job_id, attempt.number)
+    if status.ended:
+        yield _end(job, attempt, judge(status.exits, attempt.plan.world_size), status, now)
+        return
+    if attempt.stop is not None:
+        yield SendStopAgain(*key, attempt.stop)
+    elif job.cancel_requested:
+        reason = Reason(code=ReasonCode.CANCEL_REQUESTED, sentence="cancelling: ranks end at their next step boundary")
+        yield SendStop(*key, StopRequest(reason="cancelled", deadline=now + policy.stop_grace), reason)
+    elif _over_time(job, now):
+        sentence = f"has run for longer than max_duration ({job.job.max_duration:.0f} s)"
+        reason = Reason(code=ReasonCode.MAX_DURATION, sentence=sentence, remedy="raise max_duration, or do fewer steps")
+        yield SendStop(*key, StopRequest(reason="max-duration", deadline=now + policy.stop_grace), reason)
+    elif any(end.code not in (ExitCode.DONE, ExitCode.STOPPED) for end in status.exits) and len(status.reports) > 1:
+        # Agents end their own node's ranks; the other nodes' ranks only hang in a collective until they are told.
+        reason = Reason(code=ReasonCode.FAILED, sentence="a rank failed; the rest of the gang is being ended")
+        yield SendStop(*key, StopRequest(reason="a rank failed", deadline=now + ECHO_S), reason)
+
+    if not status.reachable:
+        yield from _silent(job, attempt, facts, now, policy)
+        return
+    if attempt.state == AttemptState.STARTING and status.begun:
+        yield MarkRunning(*key)
+    elif attempt.state == AttemptState.LOST and attempt.stop is None:
+        yield MarkRunning(*key)
+    elif attempt.state == AttemptState.STARTING and not status.claimed:
+        age = now - attempt.created_at
+        if age > START_TIMEOUT_S:
+            yield _end(job, attempt, Verdict(Outcome.NODE_LOST, None), status, now)
+            return
+        if age > START_AGAIN_S:
+            yield StartAgain(*key)
+    progress = status.progress
+    changed = progress is not None and progress != attempt.progress
+    if (changed and now - attempt.last_contact >= PROGRESS_S) or now - attempt.last_contact >= SILENCE_S / 2:
+        yield NoteProgress(*key, progress if changed else None)
+
+
+def _silent(job: JobRow, attempt: AttemptRow, facts: Facts, now: float, policy: Policy) -> Iterator[Action]:
+    """A node of the attempt does not answer: its ranks may live on, until their leash has surely ended them."""
+    silence = now - attempt.last_contact
+    alive = {node.id for node in facts.nodes}
+    gone = [share.node for share in attempt.run.nodes if share.node not in alive]
+    if attempt.state == AttemptState.LOST:
+        if silence > attempt.run.leash_s + policy.leash_margin:
+            yield _end(job, attempt, Verdict(Outcome.NODE_LOST, None), None, now)
+    elif gone or silence > SILENCE_S:
+        wait = attempt.run.leash_s + policy.leash_margin
+        who = f"node {gone[0]} is gone" if gone else "a node does not answer"
+        reason = Reason(
+            code=ReasonCode.OLD_ATTEMPT_ENDING,
+            sentence=f"{who}; attempt {attempt.number}'s ranks end themselves within {wait:.0f} s of silence",
+            remedy="a new attempt starts when they have surely ended; nothing to do",
+        )
+        yield MarkLost(attempt.job_id, attempt.number, reason)
+
+
+def _end(job: JobRow, attempt: AttemptRow, verdict: Verdict, status: AttemptStatus | None, now: float) -> EndAttempt:
+    """How the job goes on after an attempt of which nothing lives."""
+    exits = status.exits if status else []
+    outcome = verdict.outcome
+    key = (attempt.job_id, attempt.number)
+    if outcome == Outcome.SUCCEEDED:
+        reason = Reason(code=ReasonCode.DONE, sentence=metrics_sentence(exits))
+        return EndAttempt(*key, outcome, JobState.SUCCEEDED, reason, result=job_result(attempt.run, exits))
+    if job.cancel_requested:
+        return EndAttempt(
+            *key, outcome, JobState.CANCELLED, Reason(code=ReasonCode.CANCELLED, sentence="cancelled by its user")
+        )
+    if attempt.stop is not None and attempt.stop.reason == "max-duration":
+        return EndAttempt(*key, outcome, JobState.FAILED, job.reason, error={"code": "max-duration", "message": job.reason.sentence})  # fmt: skip
+    if outcome == Outcome.STOPPED:
+        reason = Reason(
+            code=ReasonCode.BACKING_OFF, sentence="its node was asked to stop; the job goes back to the queue"
+        )
+        return EndAttempt(*key, outcome, JobState.QUEUED, reason, not_before=now)
+    error = job_error(verdict, attempt.run)
+    if may_retry(outcome, attempt.number, job.job.retry.max_restarts):
+        wait = back_off(attempt.number)
+        reason = Reason(
+            code=ReasonCode.BACKING_OFF,
+            sentence=f"attempt {attempt.number} ended: {error['message']}; the next starts in {wait:.0f} s",
+            remedy=f"restarts left: {job.job.retry.max_restarts - attempt.number + 1}",
+        )
+        return EndAttempt(*key, outcome, JobState.QUEUED, reason, not_before=now + wait, error=error)
+    reason = Reason(code=ReasonCode.FAILED, sentence=error["message"], remedy=error.get("hint"))
+    return EndAttempt(*key, outcome, JobState.FAILED, reason, error=error)
+
+
+def _queue(state: State, facts: Facts, holding: Sequence[AttemptRow], now: float) -> Iterator[Action]:
+    """Start what fits, and say of all else why it waits."""
+    waiting: list[Waiting] = []
+    queued = {job.id: job for job in state.jobs if job.state == JobState.QUEUED}
+    busy = {attempt.job_id for attempt in holding}
+    for job in queued.values():
+        if job.id in busy:
+            continue
+        if job.cancel_requested:
+            yield FinishJob(
+                job.id, JobState.CANCELLED, Reason(code=ReasonCode.CANCELLED, sentence="cancelled before it started")
+            )
+        elif _over_time(job, now):
+            sentence = f"max_duration ({job.job.max_duration:.0f} s) passed before it could be started again"
+            yield FinishJob(job.id, JobState.FAILED, Reason(code=ReasonCode.MAX_DURATION, sentence=sentence))
+        elif job.not_before is None or now >= job.not_before:
+            waiting.append(_waiting(job))
+    snapshot = Snapshot.of(facts.nodes, (attempt.held for attempt in holding))
+    for decision in decide(snapshot, waiting):
+        job = queued[decision.job_id]
+        if isinstance(decision, Start):
+            device = cast(Device, decision.placement.device)
+            chosen = plan(job.job, decision.placement.world_size, device)
+            yield StartAttempt(job.id, job.attempts + 1, decision.placement, chosen)
+        elif decision.reason != job.reason:
+            yield Explain(job.id, decision.reason)
+
+
+def _waiting(row: JobRow) -> Waiting:
+    return waiting(row.id, row.sequence, row.job)
+
+
+def waiting(job_id: str, sequence: int, job: AnyJob) -> Waiting:
+    """What the scheduler needs to know of a job."""
+    low, high = job.resources.bounds
+    if job.strategy == "single":
+        low = high = 1
+    return Waiting(job_id, sequence, job.priority, low, high, job.resources.accelerator)
+
+
+def _over_time(job: JobRow, now: float) -> bool:
+    limit = job.job.max_duration
+    return limit is not None and job.started_at is not None and now - job.started_at > limit

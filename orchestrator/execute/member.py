@@ -1,0 +1,235 @@
+"""One node's part of an attempt: starts its launcher, watches its ranks, ends them. Standard library and psutil alone.
+
+Everything it learns it writes into the attempt's directory, so that whoever asks next need not have been there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from launch.attempt import ENV_HEARTBEAT, ENV_RUN_ID, AttemptFiles, ExitCode, write_atomically
+from orchestrator.execute.processes import is_alive, kill, of_run
+
+HEARTBEAT_S = 0.5
+ECHO_S = 3.0  # time that ranks have to write down how they fail once one of them has
+LINGER_S = 30.0  # time that processes may take to leave once every rank has said how it ended
+LOG_TAIL = 4000
+
+
+@dataclass(frozen=True)
+class LaunchRequest:
+    """The very request that starts one node's ranks: what a dry run shows and what is carried out."""
+
+    run_id: str
+    run_dir: str
+    node_index: int
+    ranks: tuple[int, ...]
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    """On top of the agent's environment."""
+    env_from: dict[str, str]
+    cwd: str
+    files: dict[str, str]
+    """Path → text, written before the start."""
+    owner: tuple[int, float] | None = None
+    """Pid and start time of a process without which the attempt has no purpose (an embedded `run`)."""
+
+    def dumps(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def loads(cls, text: str) -> LaunchRequest:
+        data = json.loads(text)
+        data["ranks"], data["argv"] = tuple(data["ranks"]), tuple(data["argv"])
+        data["owner"] = tuple(data["owner"]) if data["owner"] else None
+        return cls(**data)
+
+
+@dataclass
+class Member:
+    """The state of one node's part; `start` once, then `tick` until it returns True."""
+
+    request: LaunchRequest
+    launcher: subprocess.Popen[bytes] | None = None
+    ended: bool = False
+    _seen: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _failed_at: float | None = None
+    _over_at: float | None = None
+    _beat_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.files = AttemptFiles(self.request.run_dir)
+
+    def start(self) -> bool:
+        """Claim the attempt on this node and start its launcher; False if it has been claimed before.
+
+        Raises:
+            OSError: the directory or the launcher cannot be made.
+        """
+        self.files.run_dir.mkdir(parents=True, exist_ok=True)
+        me = psutil.Process()
+        claim = {"pid": me.pid, "start_time": me.create_time(), "host": socket.gethostname()}
+        try:
+            with self.files.agent(self.request.node_index).open("x") as stream:
+                json.dump(claim, stream)
+        except FileExistsError:
+            return False
+        for path, text in self.request.files.items():
+            write_atomically(Path(path), text)
+        self._beat(force=True)
+        try:
+            with self.files.launcher_log(self.request.node_index).open("ab") as log:
+                self.launcher = subprocess.Popen(
+                    self.request.argv,
+                    cwd=self.request.cwd,
+                    env=self._environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except OSError as problem:
+            self._record(self.request.ranks[0], ExitCode.CRASH, f"the launcher cannot be started: {problem}")
+            self._finish(None)
+        return True
+
+    def tick(self, *, healthy: bool = True) -> bool:
+        """Look once, act if needed; True when no process of this part is left.
+
+        While `healthy` is false the ranks get no heartbeat, so that their leash ends them.
+        """
+        if self.ended:
+            return True
+        if healthy:
+            self._beat()
+        now = time.time()
+        self._see_ranks()
+        ends = {rank: self._exit(rank) for rank in self.request.ranks}
+        failed = any(end and end["code"] not in (ExitCode.DONE, ExitCode.STOPPED) for end in ends.values())
+        if failed and self._failed_at is None:
+            self._failed_at = now
+        if all(ends.values()) and self._over_at is None:
+            self._over_at = now
+        code = self.launcher.poll() if self.launcher else None
+        overdue = (
+            (self._failed_at is not None and now - self._failed_at > ECHO_S)
+            or (self._over_at is not None and now - self._over_at > LINGER_S)
+            or self._stop_is_overdue(now)
+            or self._is_orphan()
+        )
+        if overdue or code is not None:
+            left = of_run(self.request.run_id)
+            if left and (overdue or self._leavers_are_late(now)):
+                kill(left)
+            elif not left:
+                self._finish(self.launcher.wait() if self.launcher else None)
+        return self.ended
+
+    def _beat(self, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if force or now - self._beat_at >= HEARTBEAT_S:
+            write_atomically(self.files.heartbeat(self.request.node_index), repr(now))
+            self._beat_at = now
+
+    def _environment(self) -> dict[str, str]:
+        """The agent's own, without what Ray put there for its workers, plus the request's."""
+        env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") and key != "OMP_NUM_THREADS"}
+        env.update({name: os.environ[source] for name, source in self.request.env_from.items() if source in os.environ})
+        env.update(self.request.env)
+        env[ENV_RUN_ID] = self.request.run_id
+        env[ENV_HEARTBEAT] = str(self.files.heartbeat(self.request.node_index))
+        return env
+
+    def _see_ranks(self) -> None:
+        """Notice ranks that are gone without having said how: nobody can write that but us."""
+        for rank in self.request.ranks:
+            if rank not in self._seen:
+                process = _read(self.files.process(rank))
+                if process is not None:
+                    self._seen[rank] = process
+            elif not is_alive(self._seen[rank]["pid"], self._seen[rank]["start_time"]) and self._exit(rank) is None:
+                self._record(rank, ExitCode.KILLED, "the process ended without a word; a signal killed it")
+
+    def _exit(self, rank: int) -> dict[str, Any] | None:
+        return _read(self.files.exit(rank))
+
+    def _stop_is_overdue(self, now: float) -> bool:
+        stop = _read(self.files.stop)
+        return stop is not None and now > stop["deadline"]
+
+    def _is_orphan(self) -> bool:
+        return self.request.owner is not None and not is_alive(*self.request.owner)
+
+    def _leavers_are_late(self, now: float) -> bool:
+        """The launcher is gone; what it left has a moment to follow."""
+        if self._failed_at is None:
+            self._failed_at = now
+        return now - self._failed_at > ECHO_S
+
+    def _finish(self, code: int | None) -> None:
+        """Every process is gone: complete the record of how."""
+        log = self._launcher_tail()
+        for rank in self.request.ranks:
+            end = self._exit(rank)
+            if end is None:
+                told = rank in self._seen
+                message = "the process ended without a word" if told else "the launcher ended before this rank began"
+                stopped = _read(self.files.stop) is not None and not told
+                self._record(
+                    rank,
+                    ExitCode.STOPPED if stopped else (ExitCode.KILLED if told else ExitCode.CRASH),
+                    message,
+                    trace=None if stopped else log,
+                )
+            elif end["code"] == ExitCode.KILLED and end.get("signal") is None and rank in self._seen:
+                number = _signal_in(log, self._seen[rank]["pid"])
+                if number is not None:
+                    end["signal"] = number
+                    end["error"]["message"] = f"killed by {signal.Signals(number).name}"
+                    write_atomically(self.files.exit(rank), json.dumps(end))
+        write_atomically(
+            self.files.agent_exit(self.request.node_index), json.dumps({"launcher_code": code, "time": time.time()})
+        )
+        self.ended = True
+
+    def _launcher_tail(self) -> str:
+        path = self.files.launcher_log(self.request.node_index)
+        try:
+            return path.read_bytes()[-LOG_TAIL:].decode(errors="replace")
+        except OSError:
+            return ""
+
+    def _record(self, rank: int, code: ExitCode, message: str, trace: str | None = None) -> None:
+        self.files.rank(rank).mkdir(parents=True, exist_ok=True)
+        error = {"code": code.name.lower().replace("_", "-"), "message": message, "traceback": trace}
+        end = {"rank": rank, "code": int(code), "time": time.time(), "signal": None, "error": error}
+        write_atomically(self.files.exit(rank), json.dumps(end))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`; None while there is none."""
+    try:
+        data: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    return data
+
+
+def _signal_in(log: str, pid: int) -> int | None:
+    """The signal that ended `pid`, as the launcher reports it."""
+    elastic = re.search(rf"exitcode\s*:\s*-(\d+)\s*\(pid:\s*{pid}\)", log)
+    if elastic:
+        return int(elastic[1])
+    simple = re.search(r"died with <Signals\.(\w+)", log)
+    return int(signal.Signals[simple[1]]) if simple else None

@@ -1,0 +1,152 @@
+"""What every executor can do, and what it reports. The controller knows executors only by this."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from launch.attempt import AttemptFiles
+from launch.contract import ProgressLine, RankExit, RunContract, StopRequest
+from orchestrator.cluster.model import Node, Placement
+from orchestrator.execute.request import ranks_of
+
+TAIL_BYTES = 8192
+
+
+class NodeReport(BaseModel):
+    """What is known of an attempt on one of its nodes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    node_index: int
+    reachable: bool
+    """Whether the agent answered; if not, the rest is what the attempt's directory shows, if it can be seen."""
+    claimed: bool = False
+    """An agent has taken the attempt on."""
+    ended: bool = False
+    """No process of the attempt is left on the node."""
+    begun: bool = False
+    """A rank has shown itself."""
+    exits: tuple[RankExit, ...] = ()
+    progress: ProgressLine | None = None
+    """The newest line of the node's first rank."""
+
+
+class AttemptStatus(BaseModel):
+    """What is known of an attempt: one report a node."""
+
+    model_config = ConfigDict(frozen=True)
+
+    reports: tuple[NodeReport, ...]
+
+    @property
+    def ended(self) -> bool:
+        return all(report.ended for report in self.reports)
+
+    @property
+    def begun(self) -> bool:
+        return any(report.begun for report in self.reports)
+
+    @property
+    def claimed(self) -> bool:
+        return any(report.claimed for report in self.reports)
+
+    @property
+    def reachable(self) -> bool:
+        """Whether every node that has not ended answered."""
+        return all(report.reachable or report.ended for report in self.reports)
+
+    @property
+    def exits(self) -> list[RankExit]:
+        return [end for report in self.reports for end in report.exits]
+
+    @property
+    def progress(self) -> ProgressLine | None:
+        """The newest line of rank 0."""
+        return self.reports[0].progress if self.reports else None
+
+
+class Executor(Protocol):
+    """Starts, watches and ends attempts somewhere. Every call is safe to repeat."""
+
+    def nodes(self) -> list[Node]:
+        """The nodes that answer now. Raises ExecutorError if the cluster cannot be asked."""
+
+    def free_port(self, placement: Placement) -> int:
+        """A port that is free now on the node of rank 0."""
+
+    def start(self, contract: RunContract) -> None:
+        """Start the gang; a second call for the same run does nothing.
+
+        Raises:
+            ExecutorError: it could not be started on every node; what did start is ended by a stop.
+        """
+
+    def poll(self, contracts: Sequence[RunContract]) -> dict[str, AttemptStatus]:
+        """Run id → what is known. Never raises for a node that does not answer: it is reported unreachable."""
+
+    def stop(self, contract: RunContract, request: StopRequest) -> None:
+        """Pass the stop message on to every node that answers; past its deadline the agents end the processes."""
+
+    def release(self, contract: RunContract) -> None:
+        """Give back what was reserved for an attempt that has ended."""
+
+    def read_log(self, contract: RunContract, rank: int | None, offset: int, limit: int) -> bytes:
+        """Bytes of a rank's log (the first node's launcher's for None) from `offset`; empty at its end."""
+
+    def close(self) -> None:
+        """Let go of the cluster; attempts go on."""
+
+
+def read_report(contract: RunContract, node_index: int, *, reachable: bool) -> NodeReport:
+    """What an attempt's directory shows of one node."""
+    files = AttemptFiles(contract.run_dir)
+    ranks = ranks_of(contract, node_index)
+    exits = [end for rank in ranks if (end := _read_exit(files.exit(rank))) is not None]
+    return NodeReport(
+        node_index=node_index,
+        reachable=reachable,
+        claimed=files.agent(node_index).exists(),
+        ended=files.agent_exit(node_index).exists(),
+        begun=any(files.process(rank).exists() for rank in ranks),
+        exits=tuple(exits),
+        progress=last_progress(files.progress(ranks[0])),
+    )
+
+
+def last_progress(path: Path) -> ProgressLine | None:
+    """The last whole line of a progress file; None if there is none, or if it is not ours (a user's script wrote it)."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(0, 2)
+            stream.seek(max(0, stream.tell() - TAIL_BYTES))
+            lines = stream.read().split(b"\n")[:-1]
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            return ProgressLine.model_validate_json(line)
+        except ValidationError:
+            continue
+    return None
+
+
+def read_bytes(path: Path, offset: int, limit: int) -> bytes:
+    """Up to `limit` bytes of `path` from `offset`; empty if there is no such file yet."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            return stream.read(limit)
+    except FileNotFoundError:
+        return b""
+
+
+def _read_exit(path: Path) -> RankExit | None:
+    try:
+        return RankExit.model_validate(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None

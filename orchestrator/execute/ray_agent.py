@@ -1,0 +1,83 @@
+"""The node agent of a Ray yard: one detached actor a node, which holds that node's part of every attempt.
+
+It lives as long as its raylet. When the raylet is gone the node counts as lost, so the agent gives no heartbeat any
+more, ends what it holds and leaves; ranks that outlive it are ended by their leash.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+from launch.attempt import AttemptFiles, write_atomically
+from launch.contract import RunContract
+from orchestrator.execute.local import free_port, log_path
+from orchestrator.execute.member import Member
+from orchestrator.execute.protocol import NodeReport, read_bytes, read_report
+from orchestrator.execute.request import build_request
+
+TICK_S = 0.1
+
+
+class NodeAgent:
+    """The actor's class; `RayExecutor` turns it into one."""
+
+    def __init__(self) -> None:
+        self._raylet = os.getppid()
+        self._members: dict[str, Member] = {}
+        self._lock = threading.Lock()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def ping(self) -> int:
+        """The agent's pid."""
+        return os.getpid()
+
+    def free_port(self) -> int:
+        return free_port()
+
+    def start(self, contract_json: str, node_index: int) -> bool:
+        """Start this node's part of an attempt; False if it was started before. Raises OSError."""
+        contract = RunContract.model_validate_json(contract_json)
+        member = Member(build_request(contract, node_index))
+        with self._lock:
+            if contract.run_id in self._members:
+                return False
+            started = member.start()
+            if started:
+                self._members[contract.run_id] = member
+            return started
+
+    def report(self, contract_json: str, node_index: int) -> NodeReport:
+        """What is known of this node's part."""
+        return read_report(RunContract.model_validate_json(contract_json), node_index, reachable=True)
+
+    def stop(self, contract_json: str, request_json: str) -> None:
+        """Pass the stop message to the ranks here."""
+        files = AttemptFiles(RunContract.model_validate_json(contract_json).run_dir)
+        if files.run_dir.exists():
+            write_atomically(files.stop, request_json)
+
+    def read_log(self, contract_json: str, rank: int | None, offset: int, limit: int) -> bytes:
+        return read_bytes(log_path(RunContract.model_validate_json(contract_json), rank), offset, limit)
+
+    def _watch(self) -> None:
+        while os.getppid() == self._raylet:
+            self._tick(healthy=True)
+            time.sleep(TICK_S)
+        # The node is lost: another attempt may start as soon as these ranks are gone, so they go now.
+        for member in list(self._members.values()):
+            files = AttemptFiles(member.request.run_dir)
+            write_atomically(files.stop, '{"reason": "the node lost its raylet", "deadline": 0}')
+        while self._members:
+            self._tick(healthy=False)
+            time.sleep(TICK_S)
+        os._exit(0)
+
+    def _tick(self, *, healthy: bool) -> None:
+        with self._lock:
+            members = list(self._members.items())
+        for run_id, member in members:
+            if member.tick(healthy=healthy):
+                with self._lock:
+                    self._members.pop(run_id, None)

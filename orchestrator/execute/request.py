@@ -1,0 +1,54 @@
+"""From a contract to the request that starts one node's ranks. Pure but for the interpreter's own path."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import yaml
+
+from launch.attempt import AttemptFiles
+from launch.contract import RunContract
+from launch.engine_config import accelerate_config, deepspeed_config, launch_command, launch_environment
+from orchestrator.execute.member import LaunchRequest
+
+
+def ranks_of(contract: RunContract, node_index: int) -> tuple[int, ...]:
+    """Global ranks of a node: they are numbered through the nodes in order."""
+    first = sum(share.processes for share in contract.nodes[:node_index])
+    return tuple(range(first, first + contract.nodes[node_index].processes))
+
+
+def launch_files(contract: RunContract, node_index: int) -> dict[str, str]:
+    """Path → text of the contract and of the complete launcher configuration."""
+    files = AttemptFiles(contract.run_dir)
+    written = {str(files.contract): contract.model_dump_json(indent=2)}
+    deepspeed_file = None
+    if contract.plan.zero_stage > 0:
+        deepspeed_file = str(files.deepspeed_config)
+        optim = contract.spec.train if contract.spec else None
+        written[deepspeed_file] = json.dumps(deepspeed_config(optim, contract.plan), indent=2)
+    config = accelerate_config(contract.plan, contract.nodes, node_index, contract.main_port, deepspeed_file)
+    # PyYAML, because Accelerate reads it by that: YAML 1.1, where a bare `no` is false.
+    written[str(files.accelerate_config(node_index))] = yaml.safe_dump(config, sort_keys=False)
+    return written
+
+
+def build_request(
+    contract: RunContract, node_index: int, *, python: str = sys.executable, owner: tuple[int, float] | None = None
+) -> LaunchRequest:
+    """The request that starts `contract`'s ranks on its node `node_index`."""
+    files = AttemptFiles(contract.run_dir)
+    share = contract.nodes[node_index]
+    return LaunchRequest(
+        run_id=contract.run_id,
+        run_dir=contract.run_dir,
+        node_index=node_index,
+        ranks=ranks_of(contract, node_index),
+        argv=tuple(launch_command(python, files.accelerate_config(node_index), files.contract)),
+        env={**contract.env, **launch_environment(contract.plan, share)},
+        env_from=contract.env_from,
+        cwd=contract.working_dir or contract.run_dir,
+        files=launch_files(contract, node_index),
+        owner=owner,
+    )

@@ -1,0 +1,200 @@
+"""The REST API: jobs, events, logs, cancel. Every request needs the yard's token, but for /healthz."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import secrets
+import string
+import time
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ValidationError
+
+from launch import __version__
+from orchestrator.cluster.model import Snapshot
+from orchestrator.control.loop import Controller
+from orchestrator.control.reconcile import waiting
+from orchestrator.errors import (
+    ConflictError,
+    ExecutorError,
+    ImpossibleGangError,
+    NotFoundError,
+    SpecError,
+    StoreError,
+    TuneyardError,
+    UnauthorizedError,
+)
+from orchestrator.job.spec import AnyJob, parse_job
+from orchestrator.memory.plan import plan
+from orchestrator.schedule.decide import why_impossible
+from orchestrator.schedule.place import largest_gang, place
+from orchestrator.serve.views import attempt_view, job_view
+from orchestrator.views import AttemptView, DryRun, EventView, JobView, NodeView
+
+MAX_BODY = 1 << 20
+MAX_LOG = 1 << 20
+STATUS: dict[type[TuneyardError], int] = {
+    NotFoundError: 404,
+    ConflictError: 409,
+    UnauthorizedError: 401,
+    SpecError: 422,
+    StoreError: 503,
+    ExecutorError: 503,
+}
+ID_ALPHABET = string.ascii_lowercase + string.digits
+
+
+class Submission(BaseModel):
+    """A job, validated by whoever submits it and again here."""
+
+    job: dict[str, Any]
+
+
+def create_app(controller: Controller, token: str) -> FastAPI:
+    """The application; requests read the database, and wake the controller when they changed it."""
+    app = FastAPI(title="Tuneyard", version=__version__, docs_url=None, redoc_url=None)
+    store, executor = controller.store, controller.executor
+
+    def authorized(request: Request) -> None:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), token.encode()):
+            raise UnauthorizedError(
+                "the token is missing or wrong", hint="send `Authorization: Bearer TOKEN`; the CLI reads it from TUNEYARD_HOME"
+            )
+
+    guarded = {"dependencies": [Depends(authorized)]}
+
+    @app.middleware("http")
+    async def limit_body(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        length = request.headers.get("content-length", "0")
+        if request.method == "POST" and (not length.isdigit() or int(length) > MAX_BODY or "transfer-encoding" in request.headers):
+            error = TuneyardError(f"a request has a length, and at most {MAX_BODY} bytes", code="too-large")
+            return JSONResponse({"error": error.as_dict()}, status_code=413)
+        return await call_next(request)
+
+    @app.exception_handler(TuneyardError)
+    async def explain(_request: Request, problem: TuneyardError) -> JSONResponse:
+        status = next((code for kind, code in STATUS.items() if isinstance(problem, kind)), 400)
+        return JSONResponse({"error": problem.as_dict()}, status_code=status)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_request: Request, problem: RequestValidationError) -> JSONResponse:
+        first = problem.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:])
+        error = TuneyardError(f"{field}: {first['msg']}", code="bad-request", field=field)
+        return JSONResponse({"error": error.as_dict()}, status_code=400)
+
+    @app.get("/healthz")
+    def healthz() -> dict[str, Any]:
+        return {"ok": True, "version": __version__, "acting": controller.lease is not None}
+
+    @app.post("/v1/jobs", status_code=201, **guarded)
+    def submit(submission: Submission) -> JobView:
+        job = _parse(submission)
+        _check_possible(controller, job)
+        suffix = "".join(secrets.choice(ID_ALPHABET) for _ in range(5))
+        row = store.add_job(f"{job.name}-{suffix}", job, time.time())
+        controller.wake.set()
+        return job_view(row)
+
+    @app.post("/v1/jobs:dry-run", **guarded)
+    def dry_run(submission: Submission) -> DryRun:
+        job = _parse(submission)
+        _check_possible(controller, job)
+        held = [attempt.held for attempt in store.live_attempts()]
+        snapshot = Snapshot.of(executor.nodes(), held)
+        wish = waiting("dry-run", 0, job)
+        now = place(snapshot, _most(snapshot, wish.min_processes, wish.max_processes, wish.accelerator), wish.accelerator)
+        best = now or place(
+            snapshot.idle(),
+            _most(snapshot.idle(), wish.min_processes, wish.max_processes, wish.accelerator),
+            wish.accelerator,
+        )
+        assert best is not None  # _check_possible
+        waits = None if now else "no room for the whole gang now; it would wait its turn"
+        return DryRun(placement=now, plan=plan(job, best.world_size, "cuda" if best.device == "cuda" else "cpu"), waits=waits)
+
+    @app.get("/v1/jobs", **guarded)
+    def jobs(limit: Annotated[int, Query(ge=1, le=10_000)] = 1000) -> list[JobView]:
+        return [job_view(row) for row in store.jobs(limit=limit)]
+
+    @app.get("/v1/jobs/{job_id}", **guarded)
+    def job(job_id: str) -> JobView:
+        row = store.job(job_id)
+        return job_view(row, store.attempts(job_id))
+
+    @app.get("/v1/jobs/{job_id}/attempts", **guarded)
+    def attempts(job_id: str) -> list[AttemptView]:
+        store.job(job_id)
+        return [attempt_view(row) for row in store.attempts(job_id)]
+
+    @app.get("/v1/jobs/{job_id}/events", **guarded)
+    def events(
+        job_id: str,
+        after: Annotated[int, Query(ge=0)] = 0,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+    ) -> list[EventView]:
+        store.job(job_id)
+        return [EventView.model_validate(row.model_dump()) for row in store.events(job_id, after, limit)]
+
+    @app.get("/v1/jobs/{job_id}/logs", **guarded)
+    def logs(
+        job_id: str,
+        attempt: Annotated[int | None, Query(ge=1)] = None,
+        rank: Annotated[int | None, Query(ge=0)] = None,
+        offset: Annotated[int, Query(ge=0)] = 0,
+        limit: Annotated[int, Query(ge=1, le=MAX_LOG)] = MAX_LOG,
+    ) -> Response:
+        """Bytes of a rank's log (the launcher's without `rank`) from `offset`; X-Next-Offset says where to go on."""
+        store.job(job_id)
+        rows = {row.number: row for row in store.attempts(job_id)}
+        number = attempt or max(rows, default=0)
+        if number not in rows:
+            raise NotFoundError(f"job {job_id} has no attempt {number or 1} yet", field="attempt")
+        contract = rows[number].run
+        if rank is not None and rank >= contract.plan.world_size:
+            raise NotFoundError(
+                f"job {job_id} has ranks 0 to {contract.plan.world_size - 1}, no rank {rank}", field="rank"
+            )
+        data = executor.read_log(contract, rank, offset, limit)
+        return Response(data, media_type="text/plain; charset=utf-8", headers={"X-Next-Offset": str(offset + len(data))})
+
+    @app.post("/v1/jobs/{job_id}/cancel", **guarded)
+    def cancel(job_id: str) -> JobView:
+        row = store.request_cancel(job_id, time.time())
+        controller.wake.set()
+        return job_view(row)
+
+    @app.get("/v1/nodes", **guarded)
+    def nodes() -> list[NodeView]:
+        seen = executor.nodes()
+        snapshot = Snapshot.of(seen, (attempt.held for attempt in store.live_attempts()))
+        return [NodeView(**node.model_dump(), free=snapshot.free(node, "any")) for node in seen]
+
+    return app
+
+
+def _parse(submission: Submission) -> AnyJob:
+    try:
+        return parse_job(json.dumps(submission.job))
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise SpecError(f"{field}: {first['msg']}", field=field, hint="submit with the same version of tuneyard") from problem
+
+
+def _check_possible(controller: Controller, job: AnyJob) -> None:
+    """Raises ImpossibleGangError if no placement on today's nodes, all idle, holds the gang."""
+    snapshot = Snapshot(nodes=tuple(controller.executor.nodes()))
+    reason = why_impossible(snapshot, waiting("new", 0, job))
+    if reason is not None:
+        raise ImpossibleGangError(reason.sentence, field="resources.num_processes", hint=reason.remedy)
+
+
+def _most(snapshot: Snapshot, low: int, high: int, accelerator: str) -> int:
+    return max(low, min(high, largest_gang(snapshot, accelerator)))
