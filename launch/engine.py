@@ -86,6 +86,7 @@ def make_accelerator(plan: ExecutionPlan, optim: OptimSpec, trackers: tuple[str,
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # the launcher's DeepSpeed keys; the plan says it all
     backend = "gloo" if plan.device == "cpu" else "nccl"
     return Accelerator(
         # Precision is DeepSpeed's configuration's to say; an autocast around its engine would be a second opinion.

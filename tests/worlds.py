@@ -113,13 +113,13 @@ def write_llama(directory: Path, hidden: int = 32, seed: int = 0) -> Path:
     return directory
 
 
-def a_spec(model: Path, data: Path, **changes: Any) -> TrainSpec:
+def a_spec(model_dir: Path, data_file: Path, /, **changes: Any) -> TrainSpec:
     """A short classification job; `changes` replace whole sections or, for `train` and `data`, single keys."""
     document: dict[str, Any] = {
         "name": "small",
         "strategy": "single",
-        "model": {"name_or_path": str(model), "task": "sequence-classification", "dropout": 0.0},
-        "data": {"train": str(data), "split": {"test": 0.2, "stratify": True}, "max_length": 32},
+        "model": {"name_or_path": str(model_dir), "task": "sequence-classification", "dropout": 0.0},
+        "data": {"train": str(data_file), "split": {"test": 0.2, "stratify": True}, "max_length": 32},
         "train": {"max_steps": 4, "global_batch_size": 16, "learning_rate": 1e-3, "weight_decay": 0.1},
     }
     for key, change in changes.items():
