@@ -58,15 +58,20 @@ def state_text(state: JobState) -> str:
 
 
 def age(since: float | None, until: float | None = None) -> str:
-    """`4m 10s` since a Unix time."""
+    """Time since a Unix time, until another or now."""
     if since is None:
         return "-"
-    seconds = int((until or time.time()) - since)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m {seconds % 60}s"
-    return f"{seconds // 3600}h {seconds % 3600 // 60}m"
+    return duration((time.time() if until is None else until) - since)
+
+
+def duration(seconds: float) -> str:
+    """`4m 10s`."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60}s"
+    return f"{whole // 3600}h {whole % 3600 // 60}m"
 
 
 def size(count: float | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.live import Live
 from rich.text import Text
 
-from orchestrator.cli.output import age, err, out, size, state_text
+from orchestrator.cli.output import duration, err, out, size, state_text
 from orchestrator.job.lifecycle import JobState
 from orchestrator.views import JobView
 
@@ -48,7 +48,7 @@ def line(view: JobView) -> str:
     if progress.samples_per_s:
         text += f"  {progress.samples_per_s:.0f} samples/s"
     if progress.eta_s is not None and view.state == JobState.RUNNING:
-        text += f"  eta {age(0.000001, progress.eta_s)}"
+        text += f"  eta {duration(progress.eta_s)}"
     return f"{text}  {progress.phase}" if progress.phase != "train" else text
 
 

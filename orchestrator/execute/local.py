@@ -98,8 +98,8 @@ class LocalExecutor:
         report = read_report(contract, 0, reachable=True)
         if report.ended or not report.claimed:
             return report
-        claim = json.loads(AttemptFiles(contract.run_dir).agent(0).read_bytes() or b"{}")
-        if claim and is_alive(claim["pid"], claim["start_time"]):
+        claim = json.loads(AttemptFiles(contract.run_dir).agent(0).read_bytes() or b"{}")  # empty: being written
+        if not claim or is_alive(claim["pid"], claim["start_time"]):
             return report
         # The agent died. Its ranks end by their leash; here they can be counted.
         gone = not of_run(contract.run_id)

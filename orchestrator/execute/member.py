@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -147,6 +148,8 @@ class Member:
         env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") and key != "OMP_NUM_THREADS"}
         env.update({name: os.environ[source] for name, source in self.request.env_from.items() if source in os.environ})
         env.update(self.request.env)
+        # `python` in a user's command is the one that runs the yard, whether or not its environment was activated.
+        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
         env[ENV_RUN_ID] = self.request.run_id
         env[ENV_HEARTBEAT] = str(self.files.heartbeat(self.request.node_index))
         return env
@@ -218,12 +221,12 @@ class Member:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The JSON object in `path`; None while there is none."""
+    """The JSON object in `path`; None while there is none, or none that is whole."""
     try:
-        data: dict[str, Any] = json.loads(path.read_bytes())
-    except FileNotFoundError:
+        data = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
         return None
-    return data
+    return data if isinstance(data, dict) else None
 
 
 def _signal_in(log: str, pid: int) -> int | None:

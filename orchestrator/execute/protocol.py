@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -147,6 +146,6 @@ def read_bytes(path: Path, offset: int, limit: int) -> bytes:
 
 def _read_exit(path: Path) -> RankExit | None:
     try:
-        return RankExit.model_validate(json.loads(path.read_bytes()))
-    except FileNotFoundError:
+        return RankExit.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
         return None

@@ -1,0 +1,59 @@
+"""Builders of jobs, nodes and exits: a test says only what matters to it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from launch.attempt import ExitCode
+from launch.contract import RankError, RankExit
+from launch.document import parse_document
+from orchestrator.cluster.model import Gpu, Node
+from orchestrator.job.spec import AnyJob, load_job
+from orchestrator.schedule.decide import Waiting
+
+
+def a_command_job(processes: int | str = 1, **keys: Any) -> AnyJob:
+    """A job that runs a command; `keys` are keys of the job file."""
+    data = {"name": "job", "run": ["true"], "resources": {"num_processes": processes}} | keys
+    return load_job(parse_document(json.dumps(data)))
+
+
+def a_training_job(processes: int = 1, **keys: Any) -> AnyJob:
+    """A job that trains; `keys` are keys of the job file."""
+    data = {
+        "name": "job",
+        "model": {"name_or_path": "org/model", "task": "sequence-classification"},
+        "data": {"train": "train.csv"},
+        "train": {"max_steps": 10},
+        "resources": {"num_processes": processes},
+    } | keys
+    return load_job(parse_document(json.dumps(data)))
+
+
+def a_node(name: str = "n0", slots: int = 4, gpus: int = 0, gpu_type: str = "H100", cores: int = 8) -> Node:
+    return Node(
+        id=name,
+        name=name,
+        address=f"10.0.0.{abs(hash(name)) % 250}",
+        cores=cores,
+        cpu_slots=slots,
+        gpus=tuple(Gpu(index=index, type=gpu_type) for index in range(gpus)),
+    )
+
+
+def a_waiting(job_id: str, processes: int = 1, most: int | None = None, **changes: Any) -> Waiting:
+    values: dict[str, Any] = {
+        "job_id": job_id,
+        "sequence": int("".join(c for c in job_id if c.isdigit()) or 0),
+        "priority": 0,
+        "min_processes": processes,
+        "max_processes": most or processes,
+        "accelerator": "any",
+    }
+    return Waiting(**(values | changes))
+
+
+def an_exit(rank: int = 0, code: ExitCode = ExitCode.DONE, time: float = 1.0, message: str | None = None) -> RankExit:
+    error = RankError(code="oops", message=message) if message else None
+    return RankExit(rank=rank, code=code, time=time, error=error)

@@ -1,0 +1,200 @@
+"""One node's part of an attempt, with real processes that are not launchers of anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.attempt import AttemptFiles, ExitCode, write_atomically
+from orchestrator.execute.member import LaunchRequest, Member
+from orchestrator.execute.processes import end_all, is_alive, of_run
+from launch.attempt import ENV_RUN_ID
+
+# A launcher with one rank in a session of its own, as torchelastic has them.
+LAUNCHER = """
+import json, os, pathlib, psutil, subprocess, sys, time
+run_dir = pathlib.Path(sys.argv[1]); what = sys.argv[2]
+if len(sys.argv) == 3:
+    child = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "rank"], start_new_session=True)
+    sys.exit(child.wait() and 1)
+me = psutil.Process(); rank = run_dir / "rank-0"; rank.mkdir()
+(rank / "process.json").write_text(json.dumps({"rank": 0, "pid": me.pid, "start_time": me.create_time(), "host": "h"}))
+if what == "hang":
+    time.sleep(1000)
+if what == "leave":
+    os._exit(3)
+code = {"done": 0, "crash": 1}[what]
+error = {"code": "oops", "message": "boom", "traceback": "Traceback"} if code else None
+(rank / "exit.json").write_text(json.dumps({"rank": 0, "code": code, "time": time.time(), "error": error}))
+if code:
+    time.sleep(1000)  # a failed rank that does not leave
+"""
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Path:
+    path = tmp_path / "launcher.py"
+    path.write_text(textwrap.dedent(LAUNCHER))
+    return path
+
+
+@pytest.fixture
+def run_id(tmp_path: Path) -> Iterator[str]:
+    name = f"{tmp_path.name}-{os.getpid()}.1"
+    yield name
+    assert end_all(ENV_RUN_ID, name) == []
+
+
+def a_member(run_id: str, launcher: Path, what: str, **changes: object) -> Member:
+    run_dir = launcher.parent / "attempt"
+    request = LaunchRequest(
+        run_id=run_id, run_dir=str(run_dir), node_index=0, ranks=(0,),
+        argv=(sys.executable, str(launcher), str(run_dir), what), env={}, env_from={}, cwd=str(launcher.parent),
+        files={str(run_dir / "contract.json"): "{}"},
+    )  # fmt: skip
+    return Member(LaunchRequest(**({**request.__dict__, **changes})))
+
+
+def until(condition: object, seconds: float = 20.0) -> None:
+    """Wait for something that must happen; how long it takes is not tested."""
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def exit_of(member: Member) -> dict[str, object]:
+    data: dict[str, object] = json.loads(member.files.exit(0).read_bytes())
+    return data
+
+
+def test_request_survives_its_file() -> None:
+    request = LaunchRequest("r.1", "/d", 0, (0, 1), ("a",), {"A": "b"}, {}, "/", {"f": "t"}, (1, 2.5))
+    assert LaunchRequest.loads(request.dumps()) == request
+
+
+def test_a_good_end(run_id: str, launcher: Path) -> None:
+    member = a_member(run_id, launcher, "done")
+    assert member.start()
+    until(member.tick)
+    assert exit_of(member)["code"] == ExitCode.DONE
+    assert json.loads(member.files.agent_exit(0).read_bytes())["launcher_code"] == 0
+    assert of_run(run_id) == []
+
+
+def test_an_attempt_starts_once(run_id: str, launcher: Path) -> None:
+    member = a_member(run_id, launcher, "done")
+    assert member.start()
+    assert not a_member(run_id, launcher, "done").start()
+    until(member.tick)
+
+
+def test_a_failed_rank_that_does_not_leave_is_ended(run_id: str, launcher: Path) -> None:
+    member = a_member(run_id, launcher, "crash")
+    member.start()
+    until(member.tick)
+    assert exit_of(member)["error"] == {"code": "oops", "message": "boom", "traceback": "Traceback"}
+    assert of_run(run_id) == []
+
+
+def test_a_killed_rank_is_written_down_with_its_signal_missing_only_if_nobody_knows(run_id: str, launcher: Path) -> None:
+    member = a_member(run_id, launcher, "hang")
+    member.start()
+    until(lambda: member.tick() or member.files.process(0).exists())
+    member.tick()
+    psutil.Process(json.loads(member.files.process(0).read_bytes())["pid"]).kill()
+    until(member.tick)
+    assert exit_of(member)["code"] == ExitCode.KILLED
+
+
+def test_a_rank_that_leaves_without_a_word_counts_as_killed(run_id: str, launcher: Path) -> None:
+    member = a_member(run_id, launcher, "leave")
+    member.start()
+    until(member.tick)
+    assert exit_of(member)["code"] == ExitCode.KILLED
+
+
+def test_a_launcher_that_fails_before_its_ranks_is_a_crash_with_its_log(run_id: str, launcher: Path) -> None:
+    launcher.write_text("raise SystemExit('no such option')")
+    member = a_member(run_id, launcher, "done")
+    member.start()
+    until(member.tick)
+    end = exit_of(member)
+    assert end["code"] == ExitCode.CRASH
+    assert "no such option" in end["error"]["traceback"]  # type: ignore[index]
+
+
+def test_a_launcher_that_does_not_exist_is_a_crash(run_id: str, launcher: Path) -> None:
+    member = a_member(run_id, launcher, "done", argv=("/nowhere/python",))
+    member.start()
+    assert member.tick()
+    assert exit_of(member)["code"] == ExitCode.CRASH
+
+
+def test_past_a_stops_deadline_everything_is_ended(run_id: str, launcher: Path) -> None:
+    member = a_member(run_id, launcher, "hang")
+    member.start()
+    until(lambda: member.tick() or member.files.process(0).exists())
+    write_atomically(member.files.stop, json.dumps({"reason": "r", "deadline": time.time() + 3600}))
+    member.tick()
+    assert of_run(run_id)
+    write_atomically(member.files.stop, json.dumps({"reason": "r", "deadline": 0}))
+    until(member.tick)
+    assert of_run(run_id) == []
+
+
+def test_an_attempt_ends_with_its_owner(run_id: str, launcher: Path) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = psutil.Process(owner.pid).create_time()
+    member = a_member(run_id, launcher, "hang", owner=(owner.pid, started))
+    member.start()
+    until(lambda: member.tick() or member.files.process(0).exists())
+    assert not member.tick()
+    owner.kill()
+    owner.wait()
+    until(member.tick)
+    assert of_run(run_id) == []
+
+
+def test_heartbeats_only_while_healthy(run_id: str, launcher: Path) -> None:
+    member = a_member(run_id, launcher, "hang")
+    member.start()
+    heartbeat = member.files.heartbeat(0)
+    first = heartbeat.read_text()
+    member._beat_at = 0.0
+    member.tick(healthy=False)
+    assert heartbeat.read_text() == first
+    member.tick()
+    assert float(heartbeat.read_text()) > float(first)
+
+
+def test_environment_is_clean_and_secrets_come_from_the_agent(
+    run_id: str, launcher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_SECRET_THING", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MY_TOKEN", "s3cret")
+    member = a_member(run_id, launcher, "done", env={"A": "b"}, env_from={"HF_TOKEN": "MY_TOKEN", "NOT": "THERE"})
+    env = member._environment()
+    assert env["HF_TOKEN"] == "s3cret"
+    assert env["A"] == "b"
+    assert env[ENV_RUN_ID] == run_id
+    assert env["PATH"].startswith(str(Path(sys.executable).parent))
+    assert not {"RAY_SECRET_THING", "OMP_NUM_THREADS", "NOT"} & set(env)
+    assert "s3cret" not in member.request.dumps()
+
+
+def test_a_reused_pid_is_another_process() -> None:
+    me = psutil.Process()
+    assert is_alive(me.pid, me.create_time())
+    assert not is_alive(me.pid, me.create_time() - 100)
+    assert not is_alive(2**22 + 1, me.create_time())

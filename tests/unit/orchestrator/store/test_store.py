@@ -1,0 +1,236 @@
+"""The database, the same tests on SQLite and on a real PostgreSQL."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from launch.contract import ProgressLine, RunContract, StopRequest
+from orchestrator.cluster.model import Placement, Snapshot
+from orchestrator.errors import (
+    ConflictError,
+    IllegalTransitionError,
+    LeaseLostError,
+    NotFoundError,
+    StoreError,
+)
+from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
+from orchestrator.memory.plan import plan
+from orchestrator.schedule.place import place
+from orchestrator.store import migrate, schema
+from orchestrator.store.rows import Lease
+from orchestrator.store.store import Store
+from tests import postgres
+from tests.builders import a_command_job, a_node
+
+WHY = Reason(code=ReasonCode.STARTING, sentence="because")
+
+
+@pytest.fixture(scope="module")
+def server_url() -> Iterator[str]:
+    with postgres.server() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'yard.db'}"
+    url: str = request.getfixturevalue("server_url")
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(sa.text("DROP SCHEMA public CASCADE"))
+        connection.execute(sa.text("CREATE SCHEMA public"))
+    engine.dispose()
+    return url
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[Store]:
+    store = Store(url)
+    store.prepare()
+    yield store
+    store.close()
+
+
+def lease_of(store: Store, holder: str = "me", now: float = 0.0) -> Lease:
+    lease = store.acquire_lease(holder, now, ttl=10)
+    assert lease is not None
+    return lease
+
+
+def a_start(job_id: str = "a-1", number: int = 1) -> tuple[RunContract, Placement]:
+    placement = place(Snapshot(nodes=(a_node(),)), 2, "any")
+    assert placement is not None
+    contract = RunContract(
+        run_id=f"{job_id}.{number}", job_id=job_id, attempt=number, plan=plan(a_command_job(2), 2, "cpu"),
+        nodes=placement.shares, main_port=1, run_dir="/r", output_dir="/o", checkpoint_dir="/c", command=("true",),
+    )  # fmt: skip
+    return contract, placement
+
+
+def test_prepare_gives_the_newest_schema_and_can_be_repeated(store: Store) -> None:
+    store.prepare()
+    with store.engine.connect() as connection:
+        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar() == schema.HEAD
+        assert compare_metadata(MigrationContext.configure(connection), schema.metadata) == []
+
+
+def test_migrations_agree_with_the_tables(url: str) -> None:
+    store = Store(url)
+    migrate.upgrade(store.engine)
+    with store.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), schema.metadata) == []
+    assert migrate.newest() == schema.HEAD
+    store.close()
+
+
+def test_a_database_of_a_newer_version_is_refused(store: Store, url: str) -> None:
+    with store.engine.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(StoreError) as told:
+        Store(url).prepare()
+    assert "upgrade" in (told.value.hint or "")
+
+
+def test_a_job_comes_back_as_it_was_submitted(store: Store) -> None:
+    job = a_command_job("2..4", queue="research", priority="high", env={"A": "b"})
+    row = store.add_job("a-1", job, now=5.0)
+    assert row.job == job
+    assert (row.state, row.queue, row.priority, row.submitted_at) == (JobState.QUEUED, "research", 100, 5.0)
+    assert [event.kind for event in store.events("a-1")] == ["submitted"]
+    with pytest.raises(ConflictError):
+        store.add_job("a-1", job, now=6.0)
+
+
+def test_jobs_keep_their_order(store: Store) -> None:
+    for index in range(5):
+        store.add_job(f"a-{index}", a_command_job(), now=1.0)
+    assert [row.id for row in store.jobs()] == [f"a-{index}" for index in range(5)]
+    assert [row.id for row in store.jobs(limit=2)] == ["a-3", "a-4"]
+
+
+def test_what_is_not_there_is_not_found(store: Store) -> None:
+    for ask in (store.job, lambda name: store.request_cancel(name, 0.0)):
+        with pytest.raises(NotFoundError) as told:
+            ask("nope")
+        assert told.value.hint
+
+
+def test_cancel_twice_is_cancel_once(store: Store) -> None:
+    store.add_job("a-1", a_command_job(), now=1.0)
+    assert store.request_cancel("a-1", 2.0).cancel_requested
+    store.request_cancel("a-1", 3.0)
+    assert [event.kind for event in store.events("a-1")] == ["submitted", "cancel-requested"]
+
+
+def test_an_attempts_life(store: Store) -> None:
+    store.add_job("a-1", a_command_job(2), now=1.0)
+    lease = lease_of(store)
+    contract, placement = a_start()
+    with store.acting(lease) as write:
+        write.add_attempt(contract, placement, 2.0)
+        write.set_job("a-1", JobState.STARTING, WHY, 2.0)
+        write.note_start("a-1", 2.0)
+    (attempt,) = store.live_attempts()
+    assert attempt.run == contract
+    assert attempt.held == placement
+    with store.acting(lease) as write:
+        write.set_attempt("a-1", 1, AttemptState.RUNNING, 3.0, started_at=3.0)
+        write.set_job("a-1", JobState.RUNNING, WHY, 3.0)
+        write.set_progress("a-1", 1, ProgressLine(time=3.5, phase="train", step=7, loss=0.5), 3.5)
+        write.note_start("a-1", 99.0)  # the first start counts
+    (attempt,) = store.live_attempts()
+    assert attempt.progress is not None
+    assert (attempt.progress.step, attempt.last_contact) == (7, 3.5)
+    with store.acting(lease) as write:
+        write.set_stop("a-1", 1, StopRequest(reason="r", deadline=9.0), 4.0)
+    (attempt,) = store.live_attempts()
+    assert attempt.stop == StopRequest(reason="r", deadline=9.0)
+    with store.acting(lease) as write:
+        write.set_attempt("a-1", 1, AttemptState.ENDED, 5.0, outcome="stopped")
+        write.set_job("a-1", JobState.CANCELLED, WHY, 5.0, result={"x": 1})
+    assert store.live_attempts() == []
+    row = store.job("a-1")
+    assert (row.state, row.started_at, row.finished_at, row.result) == (JobState.CANCELLED, 2.0, 5.0, {"x": 1})
+    assert store.jobs(live=True) == []
+
+
+def test_an_attempts_number_is_given_once(store: Store) -> None:
+    store.add_job("a-1", a_command_job(2), now=1.0)
+    lease = lease_of(store)
+    with store.acting(lease) as write:
+        write.add_attempt(*a_start(), 2.0)
+    with pytest.raises(ConflictError), store.acting(lease) as write:
+        write.add_attempt(*a_start(), 2.0)
+    with pytest.raises(ConflictError), store.acting(lease) as write:
+        write.add_attempt(*a_start(number=3), 2.0)
+    assert [attempt.number for attempt in store.attempts("a-1")] == [1]
+
+
+def test_an_illegal_transition_writes_nothing(store: Store) -> None:
+    store.add_job("a-1", a_command_job(), now=1.0)
+    with pytest.raises(IllegalTransitionError, match="submitted"), store.acting(lease_of(store)) as write:
+        write.event("a-1", None, 2.0, "something", {})
+        write.set_job("a-1", JobState.SUCCEEDED, WHY, 2.0)
+    assert store.job("a-1").state == JobState.QUEUED
+    assert [event.kind for event in store.events("a-1")] == ["submitted"]
+
+
+def test_one_holder_at_a_time_and_the_token_grows(store: Store) -> None:
+    mine = lease_of(store, "me", now=0)
+    assert store.acquire_lease("you", 5, ttl=10) is None
+    assert lease_of(store, "me", now=8).token == mine.token
+    yours = lease_of(store, "you", now=19)
+    assert yours.token > mine.token
+    assert store.acquire_lease("me", 20, ttl=10) is None
+
+
+def test_a_stale_lease_writes_nothing(store: Store) -> None:
+    store.add_job("a-1", a_command_job(), now=1.0)
+    stale = lease_of(store, "me", now=0)
+    fresh = lease_of(store, "you", now=11)
+    with pytest.raises(LeaseLostError), store.acting(stale) as write:
+        write.set_job("a-1", JobState.STARTING, WHY, 12.0)
+    assert store.job("a-1").state == JobState.QUEUED
+    with store.acting(fresh) as write:
+        write.set_job("a-1", JobState.STARTING, WHY, 12.0)
+
+
+def test_a_released_lease_is_free_at_once(store: Store) -> None:
+    mine = lease_of(store, "me", now=0)
+    store.release_lease(mine)
+    assert lease_of(store, "you", now=1).token > mine.token
+
+
+def test_of_many_that_ask_at_once_one_gets_the_lease(url: str, store: Store) -> None:
+    stores = [Store(url) for _ in range(6)]
+    barrier = threading.Barrier(len(stores))
+    got: list[Lease | None] = []
+
+    def ask(index: int) -> None:
+        barrier.wait()
+        got.append(stores[index].acquire_lease(f"c{index}", 0.0, ttl=10))
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(stores))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(lease is not None for lease in got) == 1
+    for one in stores:
+        one.close()
+
+
+def test_an_unreachable_database_is_told_without_its_password() -> None:
+    store = Store("postgresql://yard:hunter2@127.0.0.1:9/none")
+    with pytest.raises(StoreError) as told:
+        store.prepare()
+    assert "hunter2" not in str(told.value)
+    assert "TUNEYARD_DATABASE_URL" in (told.value.hint or "")
