@@ -21,7 +21,6 @@ from launch.contract import (
     ExitCode,
     RankError,
     RankProcess,
-    RankResult,
     RunContract,
     write_atomically,
 )
@@ -58,17 +57,17 @@ def main() -> None:
     stop.listen()
     ending = Ending(files, rank)
     try:
-        code = _run(contract, files, rank, world_size, ending, stop)
+        _run(contract, files, rank, world_size, ending, stop)
     except Exception as problem:  # the one place where every failure becomes a record
-        code = exit_code_of(problem)
         traceback.print_exc()
-        ending.record(code, error=_describe(problem))
-    ending.leave(code)
+        ending.record(exit_code_of(problem), error=_describe(problem))
+    ending.leave()
 
 
 def _run(
     contract: RunContract, files: AttemptFiles, rank: int, world_size: int, ending: Ending, stop: StopWish
-) -> ExitCode:
+) -> None:
+    """Do what the contract says, and record it."""
     if world_size != contract.plan.world_size:
         raise ContractError(
             f"the launcher started {world_size} processes, the contract says {contract.plan.world_size}",
@@ -76,23 +75,16 @@ def _run(
             hint="start it with the launcher configuration that belongs to the contract",
         )
     if contract.command is not None:
-        return run_command(contract, files, rank, ending, stop)
+        run_command(contract, files, rank, ending, stop)
+        return
     hold_leash(contract.leash_s, ending)
     if contract.plan.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed guesses at import, and guesses wrong without a GPU
-    from launch.train import train
+    from launch.train import part_from_peers, train
 
     code, result = train(contract, files, rank, stop)
     ending.record(code, result=result)
-    _part_from_peers(result)
-    return code
-
-
-def _part_from_peers(result: RankResult) -> None:
-    if result.world_size > 1:
-        import torch.distributed
-
-        torch.distributed.destroy_process_group()
+    part_from_peers()
 
 
 def exit_code_of(problem: BaseException) -> ExitCode:

@@ -18,6 +18,7 @@ class Ending:
         self._files = files
         self._rank = rank
         self._lock = threading.RLock()
+        self._code: ExitCode | None = None
 
     def record(
         self,
@@ -27,19 +28,25 @@ class Ending:
         result: RankResult | None = None,
         signal: int | None = None,
     ) -> None:
-        """Write how this rank ends. The caller must `leave` next: the lock stays held, so that no other ending,
-        such as the leash's, can be written between the two. A full disk is told on stderr and does not keep the
-        process from ending."""
+        """Write how this rank ends; the first word counts, so trouble while leaving does not undo a result.
+
+        The caller must `leave` next: the lock stays held, so that no other ending, such as the leash's, can be
+        written between the two. A full disk is told on stderr and does not keep the process from ending.
+        """
         self._lock.acquire()
+        if self._code is not None:
+            return
+        self._code = code
         ended = RankExit(rank=self._rank, code=code, time=time.time(), signal=signal, error=error, result=result)
         try:
             write_atomically(self._files.exit(self._rank), ended.model_dump_json(indent=2))
         except OSError as problem:
             print(f"cannot write {self._files.exit(self._rank)}: {problem}", file=sys.stderr)
 
-    def leave(self, code: ExitCode) -> NoReturn:
-        """End the process at once. Interpreter shutdown is skipped on purpose: native libraries' exit handlers have
+    def leave(self) -> NoReturn:
+        """End the process at once with the recorded code. Interpreter shutdown is skipped on purpose: native libraries' exit handlers have
         been seen to abort after a run whose results were right, and torchelastic reads the status."""
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        assert self._code is not None
+        os._exit(self._code)

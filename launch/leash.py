@@ -43,7 +43,7 @@ class Leash(threading.Thread):
                     ExitCode.LEASH_EXPIRED,
                     error=RankError(code="leash-expired", message=message, hint="see the agent's log on this node"),
                 )
-                self._ending.leave(ExitCode.LEASH_EXPIRED)
+                self._ending.leave()
 
     def silence(self) -> float:
         """Seconds since the agent's last heartbeat."""

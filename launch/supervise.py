@@ -29,11 +29,9 @@ CHECK_EVERY_S = 0.2
 STOP_GRACE_S = 30.0  # what the launcher itself grants after SIGTERM before it kills
 
 
-def run_command(contract: RunContract, files: AttemptFiles, rank: int, ending: Ending, stop: StopWish) -> ExitCode:
-    """Run the command to its end and record it.
-
-    Returns the code that was recorded: DONE for status 0, STOPPED for the status of that name or for a clean end
-    after a stop message, CRASH otherwise.
+def run_command(contract: RunContract, files: AttemptFiles, rank: int, ending: Ending, stop: StopWish) -> None:
+    """Run the command to its end and record it: DONE for status 0, STOPPED for the status of that name or for a
+    clean end after a stop message, CRASH otherwise.
 
     Raises:
         SpecError: the command cannot be started.
@@ -49,13 +47,10 @@ def run_command(contract: RunContract, files: AttemptFiles, rank: int, ending: E
             if stop.signalled:
                 stop.pass_on(STOP_GRACE_S)
     if status == 0:
-        code = ExitCode.STOPPED if files.stop.exists() else ExitCode.DONE
-        ending.record(code)
+        ending.record(ExitCode.STOPPED if files.stop.exists() else ExitCode.DONE)
     elif status == ExitCode.STOPPED:
-        code = ExitCode.STOPPED
-        ending.record(code)
+        ending.record(ExitCode.STOPPED)
     else:
-        code = ExitCode.CRASH
         by_signal = -status if status < 0 else None
         how = f"was ended by {signal.Signals(-status).name}" if by_signal else f"ended with status {status}"
         error = RankError(
@@ -63,8 +58,7 @@ def run_command(contract: RunContract, files: AttemptFiles, rank: int, ending: E
             message=f"{contract.command[0]} {how}",
             hint=f"its output is in {files.log(rank)}",
         )
-        ending.record(code, signal=by_signal, error=error)
-    return code
+        ending.record(ExitCode.CRASH, signal=by_signal, error=error)
 
 
 def _start(contract: RunContract, files: AttemptFiles, rank: int) -> subprocess.Popen[bytes]:

@@ -58,10 +58,16 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     metrics = loop.final_metrics()
     progress.phase("export", loop.step, loop.steps, loop.consumed)
     export(engine, tokenizer, spec, metrics, progress.curve, Path(contract.output_dir))
-    if spec.trackers:
-        accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     progress.phase("done", loop.step, loop.steps, loop.consumed)
     return ExitCode.DONE, loop.result(metrics, contract.output_dir)
+
+
+def part_from_peers() -> None:
+    """Leave the process group, if there is one: peers that still use it fail at once instead of waiting."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)
