@@ -122,6 +122,11 @@ class RunContract(Record):
     def main_address(self) -> str:
         return self.nodes[0].address
 
+    def ranks_of(self, node_index: int) -> tuple[int, ...]:
+        """Global ranks of a node: they are numbered through the nodes in order."""
+        first = sum(share.processes for share in self.nodes[:node_index])
+        return tuple(range(first, first + self.nodes[node_index].processes))
+
     def write(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
         write_atomically(path, self.model_dump_json(indent=2))

@@ -109,7 +109,9 @@ class Client:
                 if time.monotonic() - last > 60:
                     raise
             if timeout is not None and time.monotonic() - start > timeout:
-                raise YardError(f"job {job_id} has not ended within {timeout:g} s", code="timeout", hint="it goes on; wait again")
+                raise YardError(
+                    f"job {job_id} has not ended within {timeout:g} s", code="timeout", hint="it goes on; wait again"
+                )
             time.sleep(POLL_S)
 
     def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:

@@ -26,7 +26,7 @@ def _programs() -> Path | None:
 
 @contextmanager
 def server() -> Iterator[str]:
-    """SQLAlchemy URL of an empty database; the server ends with the context. Skips where PostgreSQL is not installed."""
+    """SQLAlchemy URL of an empty database; it ends with the context. Skips where PostgreSQL is not installed."""
     programs = _programs()
     if programs is None:
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")

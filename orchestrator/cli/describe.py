@@ -56,7 +56,9 @@ def _head(view: JobView) -> None:
 def _attempt(attempt: AttemptView) -> None:
     plan = attempt.plan
     shares = ", ".join(f"{share.processes} on {share.address}" for share in attempt.nodes)
-    out.print(f"[bold]attempt {attempt.number}[/bold] {attempt.state}" + (f", {attempt.outcome}" if attempt.outcome else ""))
+    out.print(
+        f"[bold]attempt {attempt.number}[/bold] {attempt.state}" + (f", {attempt.outcome}" if attempt.outcome else "")
+    )
     out.print(
         f"  {plan.engine} on {plan.world_size} × {plan.device}: {shares}; "
         f"{plan.micro_batch_size} rows × {plan.gradient_accumulation_steps}, {plan.precision}, offload {plan.offload}"

@@ -74,7 +74,9 @@ def _packages() -> Iterator[Finding]:
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, "fail", "not installed", "run `make setup`, or pip install tuneyard with its constraints")
+            yield Finding(
+                name, "fail", "not installed", "run `make setup`, or pip install tuneyard with its constraints"
+            )
             continue
         pinned = wanted.get(name)
         right = pinned is None or found.split("+")[0] == pinned
@@ -85,7 +87,9 @@ def _packages() -> Iterator[Finding]:
 def _compiler() -> Finding:
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
     if compiler is None:
-        return Finding("compiler", "fail", "no C++ compiler", "install g++: DeepSpeed builds its CPU operations with it")
+        return Finding(
+            "compiler", "fail", "no C++ compiler", "install g++: DeepSpeed builds its CPU operations with it"
+        )
     line = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
     return Finding("compiler", "ok", line[0] if line else compiler)
 
@@ -103,7 +107,9 @@ def _deepspeed_op() -> Finding:
     told = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
     if told.stdout.strip() not in ("", "0"):
         return Finding("deepspeed op", "ok", "the CPU communication op is built")
-    return Finding("deepspeed op", "warn", "not built yet", "`make setup` builds it; else the first ZeRO job on CPU does")
+    return Finding(
+        "deepspeed op", "warn", "not built yet", "`make setup` builds it; else the first ZeRO job on CPU does"
+    )
 
 
 def _gpus() -> Finding:
@@ -156,7 +162,7 @@ def _database(settings: Settings) -> Finding:
 
 
 def _yard(settings: Settings) -> Finding:
-    from orchestrator.serve.yard import is_up, read_yard
+    from orchestrator.yard import is_up, read_yard
 
     record = read_yard(settings)
     if record is None:
@@ -166,5 +172,6 @@ def _yard(settings: Settings) -> Finding:
     dead = [process.name for process in record.ray if not process.alive]
     if dead:
         return Finding("yard", "warn", f"Ray nodes are gone: {', '.join(dead)}", "`tuneyard down`, then `tuneyard up`")
-    return Finding("yard", "ok", f"up at {record.url}" + (f", Ray at {record.ray_address}" if record.ray_address else ""))
-
+    return Finding(
+        "yard", "ok", f"up at {record.url}" + (f", Ray at {record.ray_address}" if record.ray_address else "")
+    )

@@ -13,7 +13,8 @@ from orchestrator.job.spec import AnyJob, load_job
 
 JobFile = Annotated[Path, typer.Argument(metavar="FILE", help="The job file (YAML); write one with `tuneyard init`.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, such as train.seed=1. Repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, such as train.seed=1. Repeatable."),
 ]
 
 

@@ -19,7 +19,7 @@ model:
   name_or_path: path/to/model    # a directory that save_pretrained wrote, or a hub id such as org/name
   task: {task}
 data:
-  train: train.{suffix}                # CSV, TSV, JSONL or Parquet; a list of files; a saved datasets directory; a hub id
+  train: train.{suffix}                # CSV, TSV, JSONL or Parquet, a saved datasets directory, or a hub id
 {columns}
   # Cut from train after deduplication, by a seeded shuffle. Or name files: `validation:` and `test:`.
   split: {{validation: 0.1, test: 0.1, seed: 0{stratify}}}
@@ -79,7 +79,9 @@ def init(
     except FileExistsError:
         raise SpecError(f"{path} exists", code="file-exists", file=path, hint="--force overwrites it") from None
     except OSError as problem:
-        raise SpecError(f"cannot write {path}: {problem.strerror}", code="file-unwritable", file=path, hint="choose another path") from problem  # fmt: skip
+        raise SpecError(
+            f"cannot write {path}: {problem.strerror}", code="file-unwritable", file=path, hint="choose another path"
+        ) from problem
     out.print(f"wrote {path}; fill in model and data, then: tuneyard run {path}", markup=False)
 
 

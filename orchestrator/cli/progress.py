@@ -18,8 +18,7 @@ def follow(views: Iterator[JobView], *, quiet: bool = False) -> JobView:
     """The job as it ended."""
     last: JobView | None = None
     if quiet:
-        for last in views:
-            pass
+        *_, last = views
     elif err.is_terminal:
         with Live(console=err, refresh_per_second=8, transient=True) as live:
             for last in views:
@@ -80,7 +79,9 @@ def summary(view: JobView) -> None:
         out.print(f"  {name:<9} {value:.4f}")
     train = result.get("train")
     if train:
-        out.print(f"  training  {train['steps']} steps, {train['samples']} samples, {train['samples_per_s']:.0f} samples/s")
+        out.print(
+            f"  training  {train['steps']} steps, {train['samples']} samples, {train['samples_per_s']:.0f} samples/s"
+        )
     if result.get("peak_bytes"):
         out.print(f"  memory    {', '.join(size(peak) for peak in result['peak_bytes'])} at most, by rank")
     out.print(f"  model     {result.get('output_dir')}")

@@ -13,12 +13,13 @@ from orchestrator.cli.files import JobFile, Overrides, read_job
 from orchestrator.cli.output import Format, Output, err, job_json, print_json
 from orchestrator.cli.progress import follow, summary
 from orchestrator.cli.status import of_job
+from orchestrator.cluster.model import Snapshot
 from orchestrator.control.loop import Controller
 from orchestrator.control.reconcile import waiting
 from orchestrator.errors import ImpossibleGangError
 from orchestrator.execute.local import LocalExecutor
 from orchestrator.job.spec import AnyJob
-from orchestrator.schedule.decide import Snapshot, why_impossible
+from orchestrator.schedule.decide import why_impossible
 from orchestrator.serve.views import job_view
 from orchestrator.settings import Settings
 from orchestrator.store.store import Store

@@ -32,7 +32,8 @@ def submit(
                 print_json(answer.model_dump(mode="json"))
                 return
             plan = answer.plan
-            out.print(f"plan       {plan.engine} on {plan.world_size} × {plan.device}, {plan.precision}, offload {plan.offload}")
+            out.print(f"plan       {plan.engine} on {plan.world_size} × {plan.device}, {plan.precision}")
+            out.print(f"offload    {plan.offload}")
             out.print(f"micro      {plan.micro_batch_size} rows × {plan.gradient_accumulation_steps} accumulated")
             if answer.placement is not None:
                 shares = ", ".join(f"{share.processes} on {share.node[:12]}" for share in answer.placement.shares)

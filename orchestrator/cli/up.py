@@ -23,9 +23,9 @@ def up(
 
     What already runs is kept, so this also restarts a controller that died; jobs go on meanwhile.
     """
-    from orchestrator.serve.yard import as_json
-    from orchestrator.serve.yard import up as start
     from orchestrator.settings import Settings
+    from orchestrator.yard import as_json
+    from orchestrator.yard import up as start
 
     settings = Settings()
     with err.status("starting the yard"):
@@ -42,8 +42,8 @@ def down(
     output: Output = Format.TEXT,
 ) -> None:
     """End the yard's processes. The database, logs, checkpoints and models stay."""
-    from orchestrator.serve.yard import down as end
     from orchestrator.settings import Settings
+    from orchestrator.yard import down as end
 
     settings = Settings()
     record = end(settings, force=force)

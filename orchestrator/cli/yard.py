@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from orchestrator.client import Client
-from orchestrator.serve.yard import connect
 from orchestrator.settings import Settings
+from orchestrator.yard import connect
 
 ENV_URL = "TUNEYARD_URL"
 

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict
 
 from launch.contract import NodeShare
 
-
 # Labels that Tuneyard itself puts on nodes or reads from them.
 NAME_LABEL = "tuneyard.io/name"
 CORES_LABEL = "tuneyard.io/cores"  # a node's CPU slots need not be its cores

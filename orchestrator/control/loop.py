@@ -50,9 +50,7 @@ class Controller:
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{id(self):x}"
         self.lease: Lease | None = None
         self.wake = threading.Event()
-        self._policy = Policy(
-            leash=settings.leash, leash_margin=settings.leash_margin, stop_grace=settings.stop_grace
-        )
+        self._policy = Policy(leash=settings.leash, leash_margin=settings.leash_margin, stop_grace=settings.stop_grace)
 
     def run_until(self, done: Callable[[], bool]) -> None:
         """Tick until `done`, sooner than the period when woken. A database that is away is waited for."""
@@ -215,4 +213,3 @@ class Controller:
 def job_dir(root: Path, job_id: str) -> Path:
     """Where all files of a job lie."""
     return root / "jobs" / job_id
-

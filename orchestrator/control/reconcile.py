@@ -8,6 +8,7 @@ from typing import cast
 
 from launch.contract import Device, ExitCode, StopRequest
 from orchestrator.cluster.model import Node, Snapshot
+from orchestrator.cluster.status import AttemptStatus
 from orchestrator.control.actions import (
     Action,
     EndAttempt,
@@ -22,7 +23,6 @@ from orchestrator.control.actions import (
     StartAttempt,
 )
 from orchestrator.control.result import job_error, job_result, metrics_sentence
-from orchestrator.execute.protocol import AttemptStatus
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
 from orchestrator.job.spec import AnyJob
 from orchestrator.memory.plan import plan
@@ -103,9 +103,9 @@ def _attempt(
     if not status.reachable:
         yield from _silent(job, attempt, facts, now, policy)
         return
-    if attempt.state == AttemptState.STARTING and status.begun:
-        yield MarkRunning(*key)
-    elif attempt.state == AttemptState.LOST and attempt.stop is None:
+    if (attempt.state == AttemptState.STARTING and status.begun) or (
+        attempt.state == AttemptState.LOST and attempt.stop is None
+    ):
         yield MarkRunning(*key)
     elif attempt.state == AttemptState.STARTING and not status.claimed:
         age = now - attempt.created_at
@@ -152,7 +152,8 @@ def _end(job: JobRow, attempt: AttemptRow, verdict: Verdict, status: AttemptStat
             *key, outcome, JobState.CANCELLED, Reason(code=ReasonCode.CANCELLED, sentence="cancelled by its user")
         )
     if attempt.stop is not None and attempt.stop.reason == "max-duration":
-        return EndAttempt(*key, outcome, JobState.FAILED, job.reason, error={"code": "max-duration", "message": job.reason.sentence})  # fmt: skip
+        error = {"code": "max-duration", "message": job.reason.sentence, "hint": job.reason.remedy}
+        return EndAttempt(*key, outcome, JobState.FAILED, job.reason, error=error)
     if outcome == Outcome.STOPPED:
         reason = Reason(
             code=ReasonCode.BACKING_OFF, sentence="its node was asked to stop; the job goes back to the queue"

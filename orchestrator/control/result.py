@@ -46,7 +46,8 @@ def job_error(verdict: Verdict, contract: RunContract) -> dict[str, Any]:
         "code": error.code if error else verdict.outcome.value,
         "message": error.message if error else f"rank {first.rank} ended with {first.code.name}",
         "field": error.field if error else None,
-        "hint": (error.hint if error else None) or f"the whole log: tuneyard logs {contract.job_id} --rank {first.rank}",
+        "hint": (error.hint if error else None)
+        or f"the whole log: tuneyard logs {contract.job_id} --rank {first.rank}",
         "traceback": error.traceback if error else None,
         "rank": first.rank,
         "exit_code": int(first.code),

@@ -16,10 +16,11 @@ import psutil
 from launch.attempt import AttemptFiles, write_atomically
 from launch.contract import RunContract, StopRequest
 from orchestrator.cluster.model import Node, Placement
+from orchestrator.cluster.status import AttemptStatus, NodeReport
 from orchestrator.errors import ExecutorError
 from orchestrator.execute.gpus import local_gpus
 from orchestrator.execute.processes import is_alive, of_run
-from orchestrator.execute.protocol import AttemptStatus, NodeReport, read_bytes, read_report
+from orchestrator.execute.protocol import read_bytes, read_report
 from orchestrator.execute.request import build_request
 
 MIN_SLOTS = 4  # so that small gangs can be tried on a small machine; their threads share the cores

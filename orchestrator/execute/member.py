@@ -145,7 +145,9 @@ class Member:
 
     def _environment(self) -> dict[str, str]:
         """The agent's own, without what Ray put there for its workers, plus the request's."""
-        env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") and key != "OMP_NUM_THREADS"}
+        env = {
+            key: value for key, value in os.environ.items() if not key.startswith("RAY_") and key != "OMP_NUM_THREADS"
+        }
         env.update({name: os.environ[source] for name, source in self.request.env_from.items() if source in os.environ})
         env.update(self.request.env)
         # `python` in a user's command is the one that runs the yard, whether or not its environment was activated.

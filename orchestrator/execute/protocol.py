@@ -6,67 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from launch.attempt import AttemptFiles
 from launch.contract import ProgressLine, RankExit, RunContract, StopRequest
 from orchestrator.cluster.model import Node, Placement
-from orchestrator.execute.request import ranks_of
+from orchestrator.cluster.status import AttemptStatus, NodeReport
 
 TAIL_BYTES = 8192
-
-
-class NodeReport(BaseModel):
-    """What is known of an attempt on one of its nodes."""
-
-    model_config = ConfigDict(frozen=True)
-
-    node_index: int
-    reachable: bool
-    """Whether the agent answered; if not, the rest is what the attempt's directory shows, if it can be seen."""
-    claimed: bool = False
-    """An agent has taken the attempt on."""
-    ended: bool = False
-    """No process of the attempt is left on the node."""
-    begun: bool = False
-    """A rank has shown itself."""
-    exits: tuple[RankExit, ...] = ()
-    progress: ProgressLine | None = None
-    """The newest line of the node's first rank."""
-
-
-class AttemptStatus(BaseModel):
-    """What is known of an attempt: one report a node."""
-
-    model_config = ConfigDict(frozen=True)
-
-    reports: tuple[NodeReport, ...]
-
-    @property
-    def ended(self) -> bool:
-        return all(report.ended for report in self.reports)
-
-    @property
-    def begun(self) -> bool:
-        return any(report.begun for report in self.reports)
-
-    @property
-    def claimed(self) -> bool:
-        return any(report.claimed for report in self.reports)
-
-    @property
-    def reachable(self) -> bool:
-        """Whether every node that has not ended answered."""
-        return all(report.reachable or report.ended for report in self.reports)
-
-    @property
-    def exits(self) -> list[RankExit]:
-        return [end for report in self.reports for end in report.exits]
-
-    @property
-    def progress(self) -> ProgressLine | None:
-        """The newest line of rank 0."""
-        return self.reports[0].progress if self.reports else None
 
 
 class Executor(Protocol):
@@ -104,7 +51,7 @@ class Executor(Protocol):
 def read_report(contract: RunContract, node_index: int, *, reachable: bool) -> NodeReport:
     """What an attempt's directory shows of one node."""
     files = AttemptFiles(contract.run_dir)
-    ranks = ranks_of(contract, node_index)
+    ranks = contract.ranks_of(node_index)
     exits = [end for rank in ranks if (end := _read_exit(files.exit(rank))) is not None]
     return NodeReport(
         node_index=node_index,
@@ -118,7 +65,7 @@ def read_report(contract: RunContract, node_index: int, *, reachable: bool) -> N
 
 
 def last_progress(path: Path) -> ProgressLine | None:
-    """The last whole line of a progress file; None if there is none, or if it is not ours (a user's script wrote it)."""
+    """The last whole line of a progress file; None if there is none (a user's script may write its own)."""
     try:
         with path.open("rb") as stream:
             stream.seek(0, 2)

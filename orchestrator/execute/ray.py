@@ -12,9 +12,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launch.contract import RunContract, StopRequest
 from orchestrator.cluster.model import CORES_LABEL, NAME_LABEL, Gpu, Node, Placement
+from orchestrator.cluster.status import AttemptStatus, NodeReport
 from orchestrator.errors import ExecutorError
 from orchestrator.execute.local import log_path
-from orchestrator.execute.protocol import AttemptStatus, NodeReport, read_bytes, read_report
+from orchestrator.execute.protocol import read_bytes, read_report
 from orchestrator.execute.ray_agent import NodeAgent
 
 NAMESPACE = "tuneyard"
@@ -61,9 +62,7 @@ class RayExecutor:
         self._reserve(contract)
         text = contract.model_dump_json()
         try:
-            calls = [
-                self._agent(share.node).start.remote(text, index) for index, share in enumerate(contract.nodes)
-            ]
+            calls = [self._agent(share.node).start.remote(text, index) for index, share in enumerate(contract.nodes)]
             ray.get(calls, timeout=CALL_S * 4)
         except (RayError, OSError) as problem:
             raise ExecutorError(f"the gang of {contract.run_id} could not be started: {problem}") from problem

@@ -12,9 +12,10 @@ import time
 
 from launch.attempt import AttemptFiles, write_atomically
 from launch.contract import RunContract
+from orchestrator.cluster.status import NodeReport
 from orchestrator.execute.local import free_port, log_path
 from orchestrator.execute.member import Member
-from orchestrator.execute.protocol import NodeReport, read_bytes, read_report
+from orchestrator.execute.protocol import read_bytes, read_report
 from orchestrator.execute.request import build_request
 
 TICK_S = 0.1

@@ -13,12 +13,6 @@ from launch.engine_config import accelerate_config, deepspeed_config, launch_com
 from orchestrator.execute.member import LaunchRequest
 
 
-def ranks_of(contract: RunContract, node_index: int) -> tuple[int, ...]:
-    """Global ranks of a node: they are numbered through the nodes in order."""
-    first = sum(share.processes for share in contract.nodes[:node_index])
-    return tuple(range(first, first + contract.nodes[node_index].processes))
-
-
 def launch_files(contract: RunContract, node_index: int) -> dict[str, str]:
     """Path → text of the contract and of the complete launcher configuration."""
     files = AttemptFiles(contract.run_dir)
@@ -44,7 +38,7 @@ def build_request(
         run_id=contract.run_id,
         run_dir=contract.run_dir,
         node_index=node_index,
-        ranks=ranks_of(contract, node_index),
+        ranks=contract.ranks_of(node_index),
         argv=tuple(launch_command(python, files.accelerate_config(node_index), files.contract)),
         env={**contract.env, **launch_environment(contract.plan, share)},
         env_from=contract.env_from,

@@ -1,4 +1,4 @@
-"""JobSpec: what the user asked for, validated and frozen. Pure: reading files is `launch.document`, opening data is `check`."""
+"""JobSpec: what the user asked for, validated and frozen. Pure: `check` is what opens the files that it names."""
 
 from __future__ import annotations
 

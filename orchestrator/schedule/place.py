@@ -27,9 +27,7 @@ def largest_gang(snapshot: Snapshot, accelerator: str) -> int:
     return max(kinds.values())
 
 
-def _shares(
-    snapshot: Snapshot, nodes: list[Node], processes: int, accelerator: str
-) -> tuple[NodeShare, ...]:
+def _shares(snapshot: Snapshot, nodes: list[Node], processes: int, accelerator: str) -> tuple[NodeShare, ...]:
     free = {node.id: snapshot.free(node, accelerator) for node in nodes}
     enough = [node for node in nodes if free[node.id] >= processes]
     if enough:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Query, Request
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ValidationError
@@ -64,15 +64,18 @@ def create_app(controller: Controller, token: str) -> FastAPI:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), token.encode()):
             raise UnauthorizedError(
-                "the token is missing or wrong", hint="send `Authorization: Bearer TOKEN`; the CLI reads it from TUNEYARD_HOME"
+                "the token is missing or wrong",
+                hint="send `Authorization: Bearer TOKEN`; the CLI reads it from TUNEYARD_HOME",
             )
 
-    guarded = {"dependencies": [Depends(authorized)]}
+    guarded = APIRouter(prefix="/v1", dependencies=[Depends(authorized)])
 
     @app.middleware("http")
     async def limit_body(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         length = request.headers.get("content-length", "0")
-        if request.method == "POST" and (not length.isdigit() or int(length) > MAX_BODY or "transfer-encoding" in request.headers):
+        if request.method == "POST" and (
+            not length.isdigit() or int(length) > MAX_BODY or "transfer-encoding" in request.headers
+        ):
             error = TuneyardError(f"a request has a length, and at most {MAX_BODY} bytes", code="too-large")
             return JSONResponse({"error": error.as_dict()}, status_code=413)
         return await call_next(request)
@@ -93,7 +96,7 @@ def create_app(controller: Controller, token: str) -> FastAPI:
     def healthz() -> dict[str, Any]:
         return {"ok": True, "version": __version__, "acting": controller.lease is not None}
 
-    @app.post("/v1/jobs", status_code=201, **guarded)
+    @guarded.post("/jobs", status_code=201)
     def submit(submission: Submission) -> JobView:
         job = _parse(submission)
         _check_possible(controller, job)
@@ -102,14 +105,16 @@ def create_app(controller: Controller, token: str) -> FastAPI:
         controller.wake.set()
         return job_view(row)
 
-    @app.post("/v1/jobs:dry-run", **guarded)
+    @guarded.post("/jobs:dry-run")
     def dry_run(submission: Submission) -> DryRun:
         job = _parse(submission)
         _check_possible(controller, job)
         held = [attempt.held for attempt in store.live_attempts()]
         snapshot = Snapshot.of(executor.nodes(), held)
         wish = waiting("dry-run", 0, job)
-        now = place(snapshot, _most(snapshot, wish.min_processes, wish.max_processes, wish.accelerator), wish.accelerator)
+        now = place(
+            snapshot, _most(snapshot, wish.min_processes, wish.max_processes, wish.accelerator), wish.accelerator
+        )
         best = now or place(
             snapshot.idle(),
             _most(snapshot.idle(), wish.min_processes, wish.max_processes, wish.accelerator),
@@ -117,23 +122,25 @@ def create_app(controller: Controller, token: str) -> FastAPI:
         )
         assert best is not None  # _check_possible
         waits = None if now else "no room for the whole gang now; it would wait its turn"
-        return DryRun(placement=now, plan=plan(job, best.world_size, "cuda" if best.device == "cuda" else "cpu"), waits=waits)
+        return DryRun(
+            placement=now, plan=plan(job, best.world_size, "cuda" if best.device == "cuda" else "cpu"), waits=waits
+        )
 
-    @app.get("/v1/jobs", **guarded)
+    @guarded.get("/jobs")
     def jobs(limit: Annotated[int, Query(ge=1, le=10_000)] = 1000) -> list[JobView]:
         return [job_view(row) for row in store.jobs(limit=limit)]
 
-    @app.get("/v1/jobs/{job_id}", **guarded)
+    @guarded.get("/jobs/{job_id}")
     def job(job_id: str) -> JobView:
         row = store.job(job_id)
         return job_view(row, store.attempts(job_id))
 
-    @app.get("/v1/jobs/{job_id}/attempts", **guarded)
+    @guarded.get("/jobs/{job_id}/attempts")
     def attempts(job_id: str) -> list[AttemptView]:
         store.job(job_id)
         return [attempt_view(row) for row in store.attempts(job_id)]
 
-    @app.get("/v1/jobs/{job_id}/events", **guarded)
+    @guarded.get("/jobs/{job_id}/events")
     def events(
         job_id: str,
         after: Annotated[int, Query(ge=0)] = 0,
@@ -142,7 +149,7 @@ def create_app(controller: Controller, token: str) -> FastAPI:
         store.job(job_id)
         return [EventView.model_validate(row.model_dump()) for row in store.events(job_id, after, limit)]
 
-    @app.get("/v1/jobs/{job_id}/logs", **guarded)
+    @guarded.get("/jobs/{job_id}/logs")
     def logs(
         job_id: str,
         attempt: Annotated[int | None, Query(ge=1)] = None,
@@ -162,20 +169,23 @@ def create_app(controller: Controller, token: str) -> FastAPI:
                 f"job {job_id} has ranks 0 to {contract.plan.world_size - 1}, no rank {rank}", field="rank"
             )
         data = executor.read_log(contract, rank, offset, limit)
-        return Response(data, media_type="text/plain; charset=utf-8", headers={"X-Next-Offset": str(offset + len(data))})
+        return Response(
+            data, media_type="text/plain; charset=utf-8", headers={"X-Next-Offset": str(offset + len(data))}
+        )
 
-    @app.post("/v1/jobs/{job_id}/cancel", **guarded)
+    @guarded.post("/jobs/{job_id}/cancel")
     def cancel(job_id: str) -> JobView:
         row = store.request_cancel(job_id, time.time())
         controller.wake.set()
         return job_view(row)
 
-    @app.get("/v1/nodes", **guarded)
+    @guarded.get("/nodes")
     def nodes() -> list[NodeView]:
         seen = executor.nodes()
         snapshot = Snapshot.of(seen, (attempt.held for attempt in store.live_attempts()))
         return [NodeView(**node.model_dump(), free=snapshot.free(node, "any")) for node in seen]
 
+    app.include_router(guarded)
     return app
 
 
@@ -185,7 +195,9 @@ def _parse(submission: Submission) -> AnyJob:
     except ValidationError as problem:
         first = problem.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise SpecError(f"{field}: {first['msg']}", field=field, hint="submit with the same version of tuneyard") from problem
+        raise SpecError(
+            f"{field}: {first['msg']}", field=field, hint="submit with the same version of tuneyard"
+        ) from problem
 
 
 def _check_possible(controller: Controller, job: AnyJob) -> None:

@@ -91,9 +91,7 @@ class Store:
                 return row
             if row.state.final:
                 raise ConflictError(f"job {job_id} has {row.state} already", hint="nothing to cancel")
-            connection.execute(
-                schema.jobs.update().where(schema.jobs.c.id == job_id).values(cancel_requested=True)
-            )
+            connection.execute(schema.jobs.update().where(schema.jobs.c.id == job_id).values(cancel_requested=True))
             _add_event(connection, job_id, None, now, "cancel-requested", {})
         return self.job(job_id)
 
@@ -156,9 +154,7 @@ class Store:
                 return None
             token = held.token if held.holder == holder else held.token + 1
             connection.execute(
-                table.update()
-                .where(table.c.name == CONTROLLER)
-                .values(holder=holder, token=token, expires_at=expires)
+                table.update().where(table.c.name == CONTROLLER).values(holder=holder, token=token, expires_at=expires)
             )
             return Lease(name=CONTROLLER, holder=holder, token=token, expires_at=expires)
 
@@ -219,9 +215,7 @@ class Store:
 def _add_event(
     connection: Connection, job_id: str | None, attempt: int | None, now: float, kind: str, data: dict[str, Any]
 ) -> None:
-    connection.execute(
-        schema.events.insert().values(job_id=job_id, attempt=attempt, time=now, kind=kind, data=data)
-    )
+    connection.execute(schema.events.insert().values(job_id=job_id, attempt=attempt, time=now, kind=kind, data=data))
 
 
 def _engine(url: str) -> Engine:

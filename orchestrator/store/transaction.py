@@ -34,7 +34,9 @@ class Transaction:
         """
         table = schema.jobs
         old = JobState(
-            self._connection.execute(sa.select(table.c.state).where(table.c.id == job_id).with_for_update()).scalar_one()
+            self._connection.execute(
+                sa.select(table.c.state).where(table.c.id == job_id).with_for_update()
+            ).scalar_one()
         )
         if old != state:
             check_job_transition(job_id, old, state, self._story(job_id))
@@ -81,7 +83,9 @@ class Transaction:
             )
         )  # fmt: skip
         shares = {share.node: share.processes for share in placement.shares}
-        self.event(contract.job_id, contract.attempt, now, "attempt-placed", {"nodes": shares, "plan": dumps(contract.plan)})
+        self.event(
+            contract.job_id, contract.attempt, now, "attempt-placed", {"nodes": shares, "plan": dumps(contract.plan)}
+        )
 
     def set_attempt(self, job_id: str, number: int, state: AttemptState, now: float, **columns: Any) -> None:
         """Move an attempt to `state`, or keep it there.
@@ -129,4 +133,6 @@ class Transaction:
             .order_by(table.c.id.desc())
             .limit(10)
         )
-        return [f"{row.time:.1f} {row.kind}" + (f" (attempt {row.attempt})" if row.attempt else "") for row in rows][::-1]
+        return [f"{row.time:.1f} {row.kind}" + (f" (attempt {row.attempt})" if row.attempt else "") for row in rows][
+            ::-1
+        ]

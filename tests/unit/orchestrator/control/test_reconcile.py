@@ -6,7 +6,8 @@ from typing import Any
 
 from launch.attempt import ExitCode
 from launch.contract import ProgressLine, RankExit, RunContract, StopRequest
-from orchestrator.cluster.model import Placement
+from orchestrator.cluster.model import Placement, Snapshot
+from orchestrator.cluster.status import AttemptStatus, NodeReport
 from orchestrator.control.actions import (
     EndAttempt,
     Explain,
@@ -20,13 +21,11 @@ from orchestrator.control.actions import (
     StartAttempt,
 )
 from orchestrator.control.reconcile import Facts, Policy, State, reconcile
-from orchestrator.execute.protocol import AttemptStatus, NodeReport
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
 from orchestrator.job.spec import dump_job
 from orchestrator.memory.plan import plan
 from orchestrator.recover.classify import Outcome
 from orchestrator.schedule.place import place
-from orchestrator.cluster.model import Snapshot
 from orchestrator.store.rows import AttemptRow, JobRow
 from tests.builders import a_command_job, a_node, an_exit
 

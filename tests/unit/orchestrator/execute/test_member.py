@@ -14,10 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.attempt import AttemptFiles, ExitCode, write_atomically
+from launch.attempt import ENV_RUN_ID, ExitCode, write_atomically
 from orchestrator.execute.member import LaunchRequest, Member
 from orchestrator.execute.processes import end_all, is_alive, of_run
-from launch.attempt import ENV_RUN_ID
 
 # A launcher with one rank in a session of its own, as torchelastic has them.
 LAUNCHER = """
@@ -106,7 +105,9 @@ def test_a_failed_rank_that_does_not_leave_is_ended(run_id: str, launcher: Path)
     assert of_run(run_id) == []
 
 
-def test_a_killed_rank_is_written_down_with_its_signal_missing_only_if_nobody_knows(run_id: str, launcher: Path) -> None:
+def test_a_killed_rank_is_written_down_with_its_signal_missing_only_if_nobody_knows(
+    run_id: str, launcher: Path
+) -> None:
     member = a_member(run_id, launcher, "hang")
     member.start()
     until(lambda: member.tick() or member.files.process(0).exists())

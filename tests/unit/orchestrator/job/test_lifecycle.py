@@ -22,7 +22,7 @@ def test_tables_cover_every_state() -> None:
     assert set(ATTEMPT_TRANSITIONS) == set(AttemptState)
 
 
-@pytest.mark.parametrize(("old", "new"), itertools.product(JobState, JobState))
+@pytest.mark.parametrize(("old", "new"), list(itertools.product(JobState, JobState)))
 def test_job_transitions_are_the_tables(old: JobState, new: JobState) -> None:
     if new in JOB_TRANSITIONS[old]:
         check_job_transition("j", old, new)

@@ -17,10 +17,7 @@ def on(*nodes: object) -> Snapshot:
 
 
 def outcome(decisions: list[Start | Wait]) -> dict[str, str]:
-    return {
-        one.job_id: "starts" if isinstance(one, Start) else one.reason.code.value
-        for one in decisions
-    }
+    return {one.job_id: "starts" if isinstance(one, Start) else one.reason.code.value for one in decisions}
 
 
 def test_starts_in_order_of_submission_until_one_does_not_fit() -> None:
@@ -93,11 +90,12 @@ def test_threads_divide_the_cores() -> None:
     assert placement.shares[0].threads == 2
 
 
-nodes = st.lists(
-    st.tuples(st.integers(0, 8), st.integers(0, 8)).map(lambda pair: pair), min_size=0, max_size=6
-).map(lambda pairs: tuple(a_node(f"n{i}", slots=slots, gpus=gpus) for i, (slots, gpus) in enumerate(pairs)))
+nodes = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)).map(lambda pair: pair), min_size=0, max_size=6).map(
+    lambda pairs: tuple(a_node(f"n{i}", slots=slots, gpus=gpus) for i, (slots, gpus) in enumerate(pairs))
+)
 queues = st.lists(
-    st.tuples(st.integers(1, 12), st.integers(0, 6), st.integers(-2, 2), st.sampled_from(["any", "cpu", "gpu"])), max_size=12
+    st.tuples(st.integers(1, 12), st.integers(0, 6), st.integers(-2, 2), st.sampled_from(["any", "cpu", "gpu"])),
+    max_size=12,
 ).map(
     lambda rows: [
         a_waiting(f"j{i}", low, most=low + extra, priority=priority, accelerator=accelerator)

@@ -176,9 +176,15 @@ def test_an_attempts_number_is_given_once(store: Store) -> None:
 
 def test_an_illegal_transition_writes_nothing(store: Store) -> None:
     store.add_job("a-1", a_command_job(), now=1.0)
-    with pytest.raises(IllegalTransitionError, match="submitted"), store.acting(lease_of(store)) as write:
-        write.event("a-1", None, 2.0, "something", {})
-        write.set_job("a-1", JobState.SUCCEEDED, WHY, 2.0)
+    lease = lease_of(store)
+
+    def succeed_at_once() -> None:
+        with store.acting(lease) as write:
+            write.event("a-1", None, 2.0, "something", {})
+            write.set_job("a-1", JobState.SUCCEEDED, WHY, 2.0)
+
+    with pytest.raises(IllegalTransitionError, match="submitted"):
+        succeed_at_once()
     assert store.job("a-1").state == JobState.QUEUED
     assert [event.kind for event in store.events("a-1")] == ["submitted"]
 
@@ -209,7 +215,8 @@ def test_a_released_lease_is_free_at_once(store: Store) -> None:
     assert lease_of(store, "you", now=1).token > mine.token
 
 
-def test_of_many_that_ask_at_once_one_gets_the_lease(url: str, store: Store) -> None:
+@pytest.mark.usefixtures("store")
+def test_of_many_that_ask_at_once_one_gets_the_lease(url: str) -> None:
     stores = [Store(url) for _ in range(6)]
     barrier = threading.Barrier(len(stores))
     got: list[Lease | None] = []

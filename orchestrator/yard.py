@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from orchestrator.settings import Settings
 
 FILE = "yard.json"
 ENV_YARD = "TUNEYARD_YARD"
-START_S = 60.0
+START_S = 120.0  # a loaded machine takes long over three raylets
 STOP_S = 10.0
 OBJECT_STORE_BYTES = 100_000_000  # Ray's smallest sensible; no tensors go through it
 # Ray's own heartbeats: a node is dead after about 4 s of silence instead of 15.
@@ -86,7 +87,9 @@ def connect(settings: Settings, url: str | None = None) -> Client:
         return Client(url, settings.token.get_secret_value())
     record = read_yard(settings)
     if record is None:
-        raise YardError(f"there is no yard in {settings.root}", hint="start one with `tuneyard up`, or use `tuneyard run`")
+        raise YardError(
+            f"there is no yard in {settings.root}", hint="start one with `tuneyard up`, or use `tuneyard run`"
+        )
     return Client(record.url, ensure_token(settings))
 
 
@@ -181,16 +184,17 @@ def _start_ray(settings: Settings, record: YardRecord, nodes: int) -> YardRecord
     ]  # fmt: skip
     head = [
         *common, "--head", f"--port={port}", f"--node-ip-address={settings.host}", "--include-dashboard=false",
-        f"--temp-dir={folder}",
+        f"--temp-dir={folder}/0",
     ]  # fmt: skip
     address = f"{settings.host}:{port}"
     record = record.model_copy(update={"ray_address": address, "ray_dir": str(folder)})
     processes = [_spawn(settings, record, "ray-0", [*head, _labels(0, cores)])]
     _save(settings, record.model_copy(update={"ray": tuple(processes)}))
-    marker = folder / "ray_current_cluster"
+    marker = folder / "0" / "ray_current_cluster"
     _await(settings, processes[0], "Ray's head", lambda: marker.exists())
     for index in range(1, nodes):
-        argv = [*common, f"--address={address}", _labels(index, cores)]
+        # Directories of their own: raylets of one host that start at once in one take each other's socket names.
+        argv = [*common, f"--address={address}", f"--temp-dir={folder}/{index}", _labels(index, cores)]
         processes.append(_spawn(settings, record, f"ray-{index}", argv))
     record = record.model_copy(update={"ray": tuple(processes)})
     _save(settings, record)
@@ -238,6 +242,9 @@ def _wait_for_api(settings: Settings, record: YardRecord, nodes: int) -> None:
     expected = nodes if record.executor == "ray" else 1
 
     def answers() -> bool:
+        for process in record.ray:
+            if not process.alive:
+                raise _not_started(settings, process, f"{process.name} ended")
         if not is_up(settings, record):
             return False
         with connect(settings) as client:
@@ -246,19 +253,25 @@ def _wait_for_api(settings: Settings, record: YardRecord, nodes: int) -> None:
     _await(settings, record.controller, "the controller", answers)
 
 
-def _await(settings: Settings, process: Process, what: str, ready: Any) -> None:
-    """Wait for `ready`; a process that ends first, or takes too long, is a YardError with its log's last lines."""
+def _await(settings: Settings, process: Process, what: str, ready: Callable[[], bool]) -> None:
+    """Wait for `ready`. Raises YardError if the process ends first or takes too long."""
     deadline = time.monotonic() + START_S
     while not ready():
-        if not process.alive or time.monotonic() > deadline:
-            log = log_file(settings, process.name)
-            tail = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
-            how = "ended" if not process.alive else f"was not ready after {START_S:.0f} s"
-            raise YardError(f"{what} {how}: {tail}", code="not-started", hint=f"see {log}, then `tuneyard down`")
+        if not process.alive:
+            raise _not_started(settings, process, f"{what} ended")
+        if time.monotonic() > deadline:
+            raise _not_started(settings, process, f"{what} was not ready after {START_S:.0f} s")
         time.sleep(0.05)
 
 
-def _wait_until(condition: Any, seconds: float) -> None:
+def _not_started(settings: Settings, process: Process, message: str) -> YardError:
+    """An error with the last lines of the process's log."""
+    log = log_file(settings, process.name)
+    tail = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
+    return YardError(f"{message}: {tail}", code="not-started", hint=f"see {log}, then `tuneyard down`")
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,0 +1,5 @@
+"""`python -m orchestrator` is `tuneyard`."""
+
+from orchestrator.cli import main
+
+main()

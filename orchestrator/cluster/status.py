@@ -1,0 +1,60 @@
+"""What is seen of an attempt, node by node. Pure: executors fill it in, reconcile reads it."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from launch.contract import ProgressLine, RankExit
+
+
+class NodeReport(BaseModel):
+    """What is known of an attempt on one of its nodes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    node_index: int
+    reachable: bool
+    """Whether the agent answered; if not, the rest is what the attempt's directory shows, if it can be seen."""
+    claimed: bool = False
+    """An agent has taken the attempt on."""
+    ended: bool = False
+    """No process of the attempt is left on the node."""
+    begun: bool = False
+    """A rank has shown itself."""
+    exits: tuple[RankExit, ...] = ()
+    progress: ProgressLine | None = None
+    """The newest line of the node's first rank."""
+
+
+class AttemptStatus(BaseModel):
+    """What is known of an attempt: one report a node."""
+
+    model_config = ConfigDict(frozen=True)
+
+    reports: tuple[NodeReport, ...]
+
+    @property
+    def ended(self) -> bool:
+        return all(report.ended for report in self.reports)
+
+    @property
+    def begun(self) -> bool:
+        return any(report.begun for report in self.reports)
+
+    @property
+    def claimed(self) -> bool:
+        return any(report.claimed for report in self.reports)
+
+    @property
+    def reachable(self) -> bool:
+        """Whether every node that has not ended answered."""
+        return all(report.reachable or report.ended for report in self.reports)
+
+    @property
+    def exits(self) -> list[RankExit]:
+        return [end for report in self.reports for end in report.exits]
+
+    @property
+    def progress(self) -> ProgressLine | None:
+        """The newest line of rank 0."""
+        return self.reports[0].progress if self.reports else None
