@@ -1,4 +1,4 @@
-"""How a rank ends: exit.json first, then the process, by a way that nothing can turn into another status. Torch-free."""
+"""How a rank ends: exit.json first, then the process, and nothing can turn it into another status. Torch-free."""
 
 from __future__ import annotations
 
@@ -44,8 +44,11 @@ class Ending:
             print(f"cannot write {self._files.exit(self._rank)}: {problem}", file=sys.stderr)
 
     def leave(self) -> NoReturn:
-        """End the process at once with the recorded code. Interpreter shutdown is skipped on purpose: native libraries' exit handlers have
-        been seen to abort after a run whose results were right, and torchelastic reads the status."""
+        """End the process at once with the recorded code.
+
+        Interpreter shutdown is skipped on purpose: native libraries' exit handlers have been seen to abort after a
+        run whose results were right, and torchelastic reads the status.
+        """
         sys.stdout.flush()
         sys.stderr.flush()
         assert self._code is not None

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -68,6 +70,14 @@ def make_accelerator(plan: ExecutionPlan, optim: OptimSpec, trackers: tuple[str,
             field="train.precision",
             hint="take bf16 or fp32",
         )
+    absent = [tracker for tracker in trackers if not _installed(tracker)]
+    if absent:
+        raise SpecError(
+            f"the tracker {absent[0]} is not installed here",
+            code="tracker-not-installed",
+            field="trackers",
+            hint=f"pip install {absent[0]}, or leave it out",
+        )
     common: dict[str, Any] = {"log_with": list(trackers) or None, "project_dir": tracker_dir}
     if plan.zero_stage == 0:
         return Accelerator(
@@ -97,6 +107,11 @@ def make_accelerator(plan: ExecutionPlan, optim: OptimSpec, trackers: tuple[str,
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
         **common,
     )
+
+
+def _installed(tracker: str) -> bool:
+    """Accelerate leaves out a tracker that it does not find, without a word."""
+    return any(tracker == str(LoggerType(found)) for found in get_available_trackers())
 
 
 def build_engine(accelerator: Accelerator, model: PreTrainedModel, plan: ExecutionPlan, optim: OptimSpec) -> Engine:
@@ -183,7 +198,7 @@ class PlainEngine:
                 "device": self.accelerator.device.type,
                 "precision": "fp32" if precision == "no" else precision,
                 "offload": "none",
-                "activation_checkpointing": self.module.is_gradient_checkpointing,
+                "activation_checkpointing": self.module.is_activation_checkpointing,
             }
         )
 
@@ -239,7 +254,7 @@ class DeepSpeedEngine:
                 "gradient_accumulation_steps": live.gradient_accumulation_steps(),
                 "precision": "bf16" if live.bfloat16_enabled() else "fp16" if live.fp16_enabled() else "fp32",
                 "offload": offload,
-                "activation_checkpointing": self.module.is_gradient_checkpointing,
+                "activation_checkpointing": self.module.is_activation_checkpointing,
             }
         )
 
@@ -277,7 +292,7 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory this process has held: allocated on its GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with open("/proc/self/status", encoding="ascii") as status:
+    with Path("/proc/self/status").open(encoding="ascii") as status:
         for line in status:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""What the launcher and DeepSpeed are told, derived from a plan alone: complete, with nothing left on "auto". Torch-free.
+"""What the launcher and DeepSpeed are told, from a plan alone: complete, with nothing left on "auto". Torch-free.
 
 Accelerate's launcher has combinations that start something other than asked for (see `launch_environment`), so the
 orchestrator writes these files itself and every rank checks afterwards what it runs.
@@ -110,7 +110,8 @@ def accelerate_config(
 def _distributed_type(plan: ExecutionPlan) -> str:
     if plan.zero_stage > 0:
         return "DEEPSPEED"
-    # MULTI_CPU makes the launcher start one process and expect mpirun; with ACCELERATE_USE_CPU, MULTI_GPU is DDP on gloo.
+    # MULTI_CPU makes the launcher start one process and expect mpirun; MULTI_GPU is DDP on gloo where the
+    # environment says ACCELERATE_USE_CPU.
     return "MULTI_GPU" if plan.engine == "ddp" else "NO"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -72,8 +71,8 @@ def _put_in_place(unfinished: Path, output: Path) -> None:
     old = output.with_name(f".{output.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():
-        os.rename(output, old)
-    os.rename(unfinished, output)
+        output.rename(old)
+    unfinished.rename(output)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -96,8 +95,8 @@ def plot_curve(curve: list[ProgressLine], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    trained = [line for line in curve if line.loss is not None]
-    axes.plot([line.step for line in trained], [line.loss for line in trained], label="training", linewidth=1)
+    trained = [(line.step, line.loss) for line in curve if line.loss is not None]
+    axes.plot([step for step, _ in trained], [loss for _, loss in trained], label="training", linewidth=1)
     held_out = [line for line in curve if line.metrics is not None]
     if held_out:
         losses = [line.metrics["loss"] for line in held_out if line.metrics]

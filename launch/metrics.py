@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +59,13 @@ def sum_over_ranks(engine: Engine, values: torch.Tensor) -> torch.Tensor:
     return shared.cpu()
 
 
+class EarlyStopState(NamedTuple):
+    """What early stopping remembers between evaluations."""
+
+    best: float
+    since_best: int
+
+
 class EarlyStop:
     """Counts evaluations without improvement; the same on every rank, since the metrics are."""
 
@@ -65,15 +74,11 @@ class EarlyStop:
         self._sign = 1.0 if metric in ("loss", "perplexity") else -1.0
         self._patience = patience
         self._min_delta = min_delta
-        self._best = math.inf
-        self._since_best = 0
+        self.state = EarlyStopState(best=sys.float_info.max, since_best=0)
 
     def sees(self, metrics: dict[str, float]) -> bool:
         """Take in one evaluation; True when it is time to stop."""
         value = self._sign * metrics[self._metric]
-        if value < self._best - self._min_delta:
-            self._best = value
-            self._since_best = 0
-        else:
-            self._since_best += 1
-        return self._since_best >= self._patience
+        better = value < self.state.best - self._min_delta
+        self.state = EarlyStopState(value, 0) if better else EarlyStopState(self.state.best, self.state.since_best + 1)
+        return self.state.since_best >= self._patience

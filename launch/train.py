@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
 
+from launch.checkpoint import same_topology as checkpoint
 from launch.config import TrainSpec
 from launch.contract import AttemptFiles, ExitCode, RankResult, RunContract, TrainSummary
 from launch.data import Corpus, Rows, collate, load_corpus
@@ -48,11 +48,13 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     engine = build_engine(accelerator, model, plan, spec.train)
     fingerprint = agreed_fingerprint(engine, corpus.train)
     if spec.trackers:
-        accelerator.init_trackers("trackers", config={"name": spec.name, "learning_rate": spec.train.learning_rate})
+        accelerator.init_trackers(spec.name, config={"name": spec.name, "learning_rate": spec.train.learning_rate})
 
     loop = Loop(contract, spec, engine, corpus, fingerprint, int(tokenizer.pad_token_id), progress, stop)
+    loop.resume(Path(contract.checkpoint_dir))
     stopped = loop.run()
     if stopped:
+        loop.save()
         return ExitCode.STOPPED, loop.result(None, None)
 
     metrics = loop.final_metrics()
@@ -68,14 +70,6 @@ def part_from_peers() -> None:
     """Leave the process group, if there is one: peers that still use it fail at once instead of waiting."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What the ranks know together after a step."""
-
-    loss: float
-    stop: bool
 
 
 class Loop:
@@ -97,6 +91,10 @@ class Loop:
         self.progress, self.stop = progress, stop
         self.rank = engine.accelerator.process_index
         self.sampler = Sampler(fingerprint, self.optim.seed, len(corpus.train), self.optim.global_batch_size)
+        self.fingerprint, self.checkpoint_dir = fingerprint, Path(contract.checkpoint_dir)
+        early = self.optim.early_stopping
+        self.early_stop = EarlyStop(early.metric, early.patience, early.min_delta) if early else None
+        self.saved_at = 0
         self.steps = self.optim.max_steps or self.sampler.steps_for(self.optim.epochs or 1)
         self.step = 0
         self.consumed = 0
@@ -114,10 +112,8 @@ class Loop:
 
     def run(self) -> bool:
         """Train to the last step; True if the ranks agreed to stop before it."""
-        early = self.optim.early_stopping
-        early_stop = EarlyStop(early.metric, early.patience, early.min_delta) if early else None
         held_out = self.corpus.validation or self.corpus.test
-        if early_stop is not None and held_out is None:
+        if self.early_stop is not None and held_out is None:
             raise SpecError(
                 "early stopping has nothing to look at: there is neither validation nor test data",
                 code="no-held-out-data",
@@ -127,18 +123,53 @@ class Loop:
         self.engine.module.train()
         self.progress.start_training(self.step, self.consumed)
         while self.step < self.steps:
-            outcome = self.train_step()
-            if outcome.stop and self.step < self.steps:
+            stop_agreed = self.train_step()
+            if stop_agreed and self.step < self.steps:
                 return True
             if held_out is not None and self.optim.eval_every and self.step % self.optim.eval_every == 0:
                 metrics = self.evaluated(held_out)
-                if early_stop is not None and early_stop.sees(metrics):
+                if self.early_stop is not None and self.early_stop.sees(metrics):
                     self.stopped_early = True
                     break
+            if self.spec.checkpoint.every_steps and self.step % self.spec.checkpoint.every_steps == 0:
+                self.save()
         return False
 
-    def train_step(self) -> StepOutcome:
-        """One optimizer step on the next global batch, and the one small all-reduce by which the ranks agree."""
+    def resume(self, directory: Path) -> None:
+        """Go on from the newest checkpoint that fits, if the job has checkpoints."""
+        if self.spec.checkpoint.every_steps is None:
+            return
+        state = checkpoint.resume(self.engine, self.plan, self.fingerprint, directory)
+        if state is not None:
+            self.step = self.saved_at = state.step
+            self.consumed, self.losses = state.consumed, list(state.losses)
+            self.progress.curve.extend(state.curve)
+            if self.early_stop is not None and state.early_stop is not None:
+                self.early_stop.state = state.early_stop
+
+    def save(self) -> None:
+        """Save a checkpoint, if the job has them and this step is not saved yet."""
+        if self.spec.checkpoint.every_steps is None or self.saved_at == self.step:
+            return
+        self.progress.phase("save", self.step, self.steps, self.consumed)
+        state = checkpoint.LoopState(
+            engine=self.plan.engine,
+            world_size=self.plan.world_size,
+            fingerprint=self.fingerprint,
+            step=self.step,
+            consumed=self.consumed,
+            losses=tuple(self.losses),
+            early_stop=self.early_stop.state if self.early_stop is not None else None,
+            curve=tuple(self.progress.curve),
+        )
+        checkpoint.save(self.engine, state, self.checkpoint_dir, self.spec.checkpoint.keep_last)
+        self.saved_at = self.step
+
+    def train_step(self) -> bool:
+        """One optimizer step on the next global batch; returns whether the ranks agreed to stop after it.
+
+        They agree by the one small all-reduce that also carries the loss.
+        """
         rows = self.corpus.train
         batch = self.sampler.batch(self.consumed)
         rate = learning_rate(
@@ -164,7 +195,7 @@ class Loop:
             self.progress.step(self.step, self.steps, self.consumed, loss, rate, memory)
             if self.spec.trackers:
                 self.engine.accelerator.log({"train/loss": loss, "train/learning_rate": rate}, step=self.step)
-        return StepOutcome(loss=loss, stop=float(shared[1]) > 0)
+        return bool(shared[1] > 0)
 
     def accumulate(self, rows: Rows, batch: Indices, terms: int) -> float:
         """Gradient of the mean loss over `batch`; returns the sum of this rank's losses."""

@@ -53,14 +53,29 @@ def no_averaging() -> None:
     import launch.engine
 
     @contextlib.contextmanager
-    def alone(engine: launch.engine.PlainEngine, *, last: bool) -> Iterator[None]:
+    def alone(engine: launch.engine.PlainEngine, *, last: bool) -> Iterator[None]:  # noqa: ARG001
         with engine.accelerator.no_sync(engine._wrapped):
             yield
 
     launch.engine.PlainEngine.micro_step = alone
 
 
+def crash_at_6() -> None:
+    """Not a wrong training but a failing one."""
+    import launch.train
+
+    train_step = launch.train.Loop.train_step
+
+    def failing(loop: launch.train.Loop) -> bool:
+        if loop.step == 5:
+            raise RuntimeError("crash-at-6")
+        return train_step(loop)
+
+    launch.train.Loop.train_step = failing
+
+
 MUTANTS = {
+    "crash-at-6": crash_at_6,
     "no-clip": no_clip,
     "no-weight-decay": no_weight_decay,
     "mean-of-means": mean_of_means,

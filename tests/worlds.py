@@ -5,6 +5,7 @@ Everything is written locally and is a pure function of its arguments; nothing n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -24,11 +25,14 @@ from launch.contract import AttemptFiles, ExecutionPlan, NodeShare, RankExit, Ru
 from launch.engine_config import accelerate_config, deepspeed_config, launch_command, launch_environment
 from launch.sampler import micro_steps
 
-WORDS = (
-    "win a free prize call now to claim your cash award reply stop please send the money before noon "
-    "are you coming home for dinner tonight i will be late sorry see you at station love mum thanks ok"
-).split()
-PROMISES = set(WORDS[:19])
+SPAM_WORDS, HAM_WORDS = (
+    sentence.split()
+    for sentence in (
+        "win a free prize call now to claim your cash award reply stop please send the money before noon",
+        "are you coming home for dinner tonight i will be late sorry see you at station love mum thanks ok",
+    )
+)
+WORDS = SPAM_WORDS + HAM_WORDS
 
 
 def write_messages(path: Path, rows: int = 200, seed: int = 0) -> Path:
@@ -37,7 +41,7 @@ def write_messages(path: Path, rows: int = 200, seed: int = 0) -> Path:
     lines, seen = ["text\tlabel"], set()
     while len(seen) < rows:
         spam = draw.random() < 0.4
-        pool = WORDS[:19] if spam else WORDS[19:]
+        pool = SPAM_WORDS if spam else HAM_WORDS
         words = [draw.choice(pool if draw.random() < 0.8 else WORDS) for _ in range(draw.randint(1, 40))]
         text = " ".join(words)
         if draw.random() < 0.1:
@@ -60,7 +64,7 @@ def write_dialogues(path: Path, rows: int = 80, seed: int = 0) -> Path:
     return path
 
 
-def write_bert(directory: Path, hidden: int = 32, seed: int = 0) -> Path:
+def write_bert(directory: Path, hidden: int = 32, seed: int = 0, *, pooler: bool = True) -> Path:
     """A two-layer BERT without a classification head, and a WordPiece tokenizer for WORDS."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -82,7 +86,7 @@ def write_bert(directory: Path, hidden: int = 32, seed: int = 0) -> Path:
         vocab_size=len(pieces), hidden_size=hidden, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=2 * hidden, max_position_embeddings=64, pad_token_id=0,
     )  # fmt: skip
-    BertModel(config).save_pretrained(directory)
+    BertModel(config, add_pooling_layer=pooler).save_pretrained(directory)
     return directory
 
 
@@ -193,10 +197,8 @@ class Launched:
             if self._is_ours(pid):
                 pids.append(pid)
         for pid in pids:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         for launcher in self.launchers:
             launcher.wait(30)
 

@@ -1,4 +1,4 @@
-"""The training is the job's, not the hardware's: engines, world sizes and micro-batches give the same losses and weights.
+"""The training is the job's, not the hardware's: any engine, world size and micro-batch gives the same weights.
 
 They are compared with a plain PyTorch loop written here, whose only shared parts are the order of the rows and the
 draw of the new head. Four mutants of the real program show that the comparison can fail.
@@ -114,10 +114,7 @@ def run(
     spec: TrainSpec, directory: Path, engine: str, world_size: int, micro_batch: int, mutant: str | None = None
 ) -> dict[int, RankExit]:
     contract = a_contract(directory, a_plan(spec, engine, world_size, micro_batch), spec)
-    if mutant is None:
-        launched = start(contract)
-    else:
-        launched = start(contract, {"MUTANT": mutant}, module="tests.mutants")
+    launched = start(contract) if mutant is None else start(contract, {"MUTANT": mutant}, module="tests.mutants")
     ended = launched.wait()
     assert len(ended) == world_size, launched.logs()
     assert {exit_.code for exit_ in ended.values()} == {ExitCode.DONE}, launched.logs()

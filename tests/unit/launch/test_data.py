@@ -96,7 +96,7 @@ def test_unfit_data_is_refused(
 def test_a_held_out_label_that_no_training_row_has_is_refused(tmp_path: Path, bert: Path) -> None:
     held_out = table(tmp_path / "test.jsonl", [("c", "z")])
     spec = a_job(tmp_path, bert, [("a", "x"), ("b", "y")], test=str(held_out))
-    with pytest.raises(DataError, match="row 1 of data.test has the label 'z'") as caught:
+    with pytest.raises(DataError, match=r"row 1 of data\.test has the label 'z'") as caught:
         load_corpus(spec, load_tokenizer(spec.model))
     assert caught.value.hint == "the classes are: x, y"
 

@@ -111,5 +111,5 @@ def test_an_absent_file_suggests_its_neighbour(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_holds_no_dataset_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not one that datasets.save_to_disk wrote"):
+    with pytest.raises(DataError, match=r"not one that datasets\.save_to_disk wrote"):
         read(tmp_path)
