@@ -91,7 +91,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench-latency: examples
-	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python -m benchmarks.latency
 
 clean:
 	rm -rf .venv .tuneyard .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
