@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -26,6 +27,7 @@ from launch.leash import hold_leash
 from launch.stop import StopWish
 
 CHECK_EVERY_S = 0.2
+LOG_TAIL = 1 << 16
 STOP_GRACE_S = 30.0  # what the launcher itself grants after SIGTERM before it kills
 
 
@@ -38,7 +40,7 @@ def run_command(contract: RunContract, files: AttemptFiles, rank: int, ending: E
     """
     assert contract.command is not None
     child = _start(contract, files, rank)
-    hold_leash(contract.leash_s, ending, before_end=child.kill)
+    hold_leash(contract.leash_s, ending, before_end=lambda: _kill_group(child))
     while True:
         try:
             status = child.wait(CHECK_EVERY_S)
@@ -53,12 +55,35 @@ def run_command(contract: RunContract, files: AttemptFiles, rank: int, ending: E
     else:
         by_signal = -status if status < 0 else None
         how = f"was ended by {signal.Signals(-status).name}" if by_signal else f"ended with status {status}"
+        trace = last_traceback(files.log(rank))
+        told = f": {trace.splitlines()[-1]}" if trace else ""
         error = RankError(
             code="command-failed",
-            message=f"{contract.command[0]} {how}",
+            message=f"{contract.command[0]} {how}{told}",
             hint=f"its output is in {files.log(rank)}",
+            traceback=trace,
         )
         ending.record(ExitCode.CRASH, signal=by_signal, error=error)
+
+
+def last_traceback(log: Path) -> str | None:
+    """The last Python traceback at the end of a log, up to its error; None if there is none."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, stream.tell() - LOG_TAIL))
+            text = stream.read().decode(errors="replace")
+    except OSError:
+        return None
+    start = text.rfind("Traceback (most recent call last)")
+    if start < 0:
+        return None
+    lines = text[start:].splitlines()
+    # The frames are indented; the error is the first line after them that is not.
+    end = next(
+        (number for number, line in enumerate(lines[1:], start=1) if line and not line.startswith(" ")), len(lines) - 1
+    )
+    return "\n".join(lines[: end + 1])
 
 
 def _start(contract: RunContract, files: AttemptFiles, rank: int) -> subprocess.Popen[bytes]:
@@ -72,7 +97,11 @@ def _start(contract: RunContract, files: AttemptFiles, rank: int) -> subprocess.
     }
     try:
         return subprocess.Popen(
-            contract.command, cwd=contract.working_dir, env=environment, preexec_fn=_die_with_parent()
+            contract.command,
+            cwd=contract.working_dir,
+            env=environment,
+            start_new_session=True,  # a group of its own, so that what it starts can be ended with it
+            preexec_fn=_die_with_parent(),
         )
     except OSError as problem:
         raise SpecError(
@@ -81,6 +110,12 @@ def _start(contract: RunContract, files: AttemptFiles, rank: int) -> subprocess.
             field="run",
             hint="check the command's path and the directory on the node",
         ) from problem
+
+
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    """The command and what it started, as far as that stayed in its group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _die_with_parent() -> Callable[[], None] | None:
