@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from launch.config import OptimSpec
-from launch.contract import EngineName, ExecutionPlan
+from launch.contract import ExecutionPlan
 from launch.engine_config import deepspeed_config
 from launch.errors import ContractError, SpecError
 from launch.model import weight_decay_groups
@@ -188,12 +188,12 @@ class PlainEngine:
 
     def describe(self) -> ExecutionPlan:
         kind = self.accelerator.distributed_type.value
-        engine: EngineName = "ddp" if isinstance(self._wrapped, nn.parallel.DistributedDataParallel) else "single"
-        assert (engine == "ddp") == (kind in ("MULTI_CPU", "MULTI_GPU")), kind
+        wrapped = isinstance(self._wrapped, nn.parallel.DistributedDataParallel)
+        names = {("NO", False): "single", ("MULTI_CPU", True): "ddp", ("MULTI_GPU", True): "ddp"}
         precision = self.accelerator.mixed_precision
         return self._plan.model_copy(
             update={
-                "engine": engine,
+                "engine": names.get((kind, wrapped), kind),
                 "world_size": self.accelerator.num_processes,
                 "device": self.accelerator.device.type,
                 "precision": "fp32" if precision == "no" else precision,
