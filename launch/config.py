@@ -6,16 +6,16 @@ Each section of the file is one class below, each key one field with its explana
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from launch.document import Document, FieldPath, dotted
-from launch.errors import SpecError, SpecErrors
+from launch.document import Document
+from launch.errors import Refused, SpecErrors
+from launch.explain import explain
 
 Strategy = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"]
 Offload = Literal["none", "optimizer", "all"]
@@ -82,7 +82,11 @@ class SplitSpec(Section):
     @model_validator(mode="after")
     def _leaves_something(self) -> SplitSpec:
         if self.test + self.validation >= 1:
-            raise ValueError("test and validation together leave no row for training")
+            raise Refused(
+                f"test {self.test:g} and validation {self.validation:g} together leave no row for training",
+                at=("test",) if self.test >= self.validation else ("validation",),
+                hint="keep their sum below 1, such as {test: 0.2, validation: 0.1}",
+            )
         return self
 
 
@@ -110,11 +114,20 @@ class DataSpec(Section):
     @model_validator(mode="after")
     def _parts_fit_together(self) -> DataSpec:
         if (self.prompt_column is None) != (self.response_column is None):
-            raise ValueError("prompt_column and response_column go together: give both or neither")
+            given, other = ("prompt", "response") if self.prompt_column is not None else ("response", "prompt")
+            raise Refused(
+                f"`{given}_column` is given without `{other}_column`",
+                at=(f"{given}_column",),
+                hint=f"add `{other}_column`, or name the whole text with `text_column`",
+            )
         if self.split is not None:
             for part in ("test", "validation"):
                 if getattr(self, part) is not None and getattr(self.split, part) > 0:
-                    raise ValueError(f"`{part}` names files and `split.{part}` cuts rows: keep one of the two")
+                    raise Refused(
+                        f"`data.{part}` names files and `data.split.{part}` cuts rows from `data.train`",
+                        at=("split", part),
+                        hint="keep one of the two",
+                    )
         return self
 
 
@@ -164,9 +177,19 @@ class OptimSpec(Section):
     @model_validator(mode="after")
     def _length_is_given_once(self) -> OptimSpec:
         if (self.max_steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of max_steps and epochs")
+            raise Refused(
+                "`max_steps` and `epochs` are both missing: how long is the training?"
+                if self.epochs is None
+                else "`max_steps` and `epochs` are both given",
+                at=() if self.epochs is None else ("epochs",),
+                hint="add one of them, such as `epochs: 3`" if self.epochs is None else "keep one of the two",
+            )
         if self.early_stopping is not None and self.eval_every is None:
-            raise ValueError("early_stopping needs eval_every: it looks at evaluations")
+            raise Refused(
+                "`early_stopping` looks at evaluations, and `eval_every` is missing",
+                at=("early_stopping",),
+                hint="add `eval_every:`, the steps between two evaluations",
+            )
         return self
 
 
@@ -190,9 +213,17 @@ class EngineChoice(Section):
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> EngineChoice:
         if self.offload != "none" and self.strategy in ("single", "ddp"):
-            raise ValueError(f"offload: {self.offload} needs a ZeRO strategy; {self.strategy} keeps all state in place")
+            raise Refused(
+                f"`offload: {self.offload}` needs a ZeRO strategy; `{self.strategy}` keeps all state in place",
+                at=("offload",),
+                hint="take `strategy: zero2` (or zero1, zero3), or `offload: none`",
+            )
         if self.offload == "all" and self.strategy in ("zero1", "zero2"):
-            raise ValueError("offload: all moves parameters, which only zero3 shards; use zero3, or offload: optimizer")
+            raise Refused(
+                f"`offload: all` moves parameters, which `{self.strategy}` does not shard",
+                at=("offload",),
+                hint="take `strategy: zero3`, or `offload: optimizer`",
+            )
         return self
 
 
@@ -214,14 +245,20 @@ class TrainSpec(EngineChoice):
     @model_validator(mode="after")
     def _task_fits(self) -> TrainSpec:
         if self.model.task == "sequence-classification" and self.data.prompt_column is not None:
-            raise ValueError("data.prompt_column is for causal-lm; sequence-classification reads text_column")
+            raise Refused(
+                "`data.prompt_column` is for causal-lm; sequence-classification reads `text_column`",
+                at=("data", "prompt_column"),
+                hint="take `task: causal-lm`, or `text_column` and `label_column`",
+            )
         stop = self.train.early_stopping
         if stop is not None:
             known = ("loss", "perplexity") if self.model.task == "causal-lm" else ("loss", "accuracy", "f1_macro")
             if stop.metric not in known:
-                raise ValueError(
-                    f"train.early_stopping.metric: {stop.metric} is not measured for {self.model.task}; "
-                    f"take one of {', '.join(known)}"
+                raise Refused(
+                    f"`{stop.metric}` is not measured for {self.model.task}",
+                    at=("train", "early_stopping", "metric"),
+                    code="unknown-value",
+                    hint=f"take one of: {', '.join(known)}",
                 )
         return self
 
@@ -242,18 +279,40 @@ def validate(kind: type[S], document: Document) -> S:
         # Through JSON, so that strict mode reads lists as tuples and text as literals, and nothing else.
         return kind.model_validate_json(json.dumps(document.data))
     except ValidationError as problem:
-        raise SpecErrors([_explain(kind, document, dict(error)) for error in problem.errors()]) from problem
+        raise SpecErrors(explain(kind, document, problem)) from problem
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or directory; no for a name that no file system takes, where Path.exists raises."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def local_path(base: Path, name: str) -> Path:
+    """`name` absolute against `base`; `~` is the home directory. Whether there is such a thing is not asked."""
+    path = Path(name)
+    if path.parts[:1] == ("~",):
+        path = path.expanduser()
+    try:
+        return (base / path).resolve()
+    except OSError:  # a name longer than file systems take
+        return base.absolute() / path
 
 
 def resolve_paths(spec: TrainSpec, base: Path) -> TrainSpec:
     """`spec` with every local path absolute against `base`, the job file's directory.
 
-    A name is a hub id if it looks like `org/name` and nothing of that name lies under `base`.
+    A name is a hub id if it looks like `name` or `org/name`, nothing of that name lies under `base`, and no directory
+    `org` does: then it is a slip in a path.
     """
 
     def absolute(name: str) -> str:
-        path = (base / Path(name).expanduser()).resolve()
-        return name if HUB_ID.match(name) and not path.exists() and "." not in Path(name).suffix else str(path)
+        path = local_path(base, name)
+        parts = Path(name).parts
+        here = exists(path) or "." in Path(name).suffix or (len(parts) > 1 and exists(base / parts[0]))
+        return str(path) if here or not HUB_ID.match(name) else name
 
     def files(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         return None if names is None else tuple(absolute(name) for name in names)
@@ -262,7 +321,7 @@ def resolve_paths(spec: TrainSpec, base: Path) -> TrainSpec:
         update={part: files(getattr(spec.data, part)) for part in ("train", "validation", "test")}
     )
     model = spec.model.model_copy(update={"name_or_path": absolute(spec.model.name_or_path)})
-    output = None if spec.output_dir is None else str((base / Path(spec.output_dir).expanduser()).resolve())
+    output = None if spec.output_dir is None else str(local_path(base, spec.output_dir))
     return spec.model_copy(update={"data": data, "model": model, "output_dir": output})
 
 
@@ -288,67 +347,3 @@ def load_train_spec(document: Document) -> TrainSpec:
             hint="see the plan with `tuneyard submit --dry-run FILE`, then pass it: --set strategy=ddp",
         )
     return resolve_paths(spec, (document.path or Path()).resolve().parent)
-
-
-def _explain(kind: type[BaseModel], document: Document, error: dict[str, Any]) -> SpecError:
-    """One pydantic error in the words of a job file."""
-    where: FieldPath = tuple(
-        part for part in error["loc"] if not (isinstance(part, str) and not _is_written(document, part, error["loc"]))
-    )
-    context = error.get("ctx") or {}
-    match error["type"]:
-        case "extra_forbidden":
-            names = _fields_at(kind, where[:-1])
-            near = difflib.get_close_matches(str(where[-1]), names, n=1, cutoff=0.5)
-            parent = f"`{dotted(where[:-1])}`" if len(where) > 1 else "a job file"
-            hint = f"did you mean `{near[0]}`?" if near else f"the keys here are: {', '.join(sorted(names))}"
-            return document.error(where, f"`{where[-1]}` is not a key of {parent}", code="unknown-key", hint=hint)
-        case "missing":
-            return document.error(
-                where, f"`{dotted(where)}` is missing", code="missing-key", hint=f"add `{where[-1]}:` there"
-            )
-        case "literal_error":
-            given = str(error["input"])
-            wanted = re.findall(r"'([^']*)'", str(context.get("expected", "")))
-            near = difflib.get_close_matches(given, wanted, n=1, cutoff=0.5)
-            hint = (f"did you mean `{near[0]}`? " if near else "") + f"it is one of: {', '.join(wanted)}"
-            return document.error(where, f"{given!r} is not a value of `{dotted(where)}`", code="unknown-value", hint=hint)
-        case "value_error":
-            # Our own validators put the remedy behind the semicolon.
-            message, _, remedy = str(context.get("error", error["msg"])).partition("; ")
-            return document.error(where, message, code="inconsistent", hint=remedy or "change one of the two")
-        case "string_pattern_mismatch":
-            return document.error(
-                where,
-                f"{error['input']!r} does not fit `{dotted(where)}`",
-                code="bad-name",
-                hint="lower-case letters, digits and inner hyphens, at most 63 characters",
-            )
-    out_of_range = error["type"].startswith(("greater", "less", "too_", "string_too", "multiple"))
-    return document.error(
-        where,
-        f"`{dotted(where)}`: {error['msg'][0].lower()}{error['msg'][1:]}, not {_short(error['input'])}",
-        code="out-of-range" if out_of_range else "wrong-type",
-        hint="see `tuneyard schema` for the type and range of every key",
-    )
-
-
-def _is_written(document: Document, part: str, loc: tuple[Any, ...]) -> bool:
-    """Whether a loc part names a key (pydantic adds tags of union members, which nobody wrote)."""
-    return part.isidentifier() and part not in ("tuple", "str", "int", "float") and "[" not in part
-
-
-def _fields_at(kind: Any, where: FieldPath) -> list[str]:
-    """Names of the keys allowed in the section at `where` of `kind`."""
-    for part in where:
-        field = getattr(kind, "model_fields", {}).get(part)
-        if field is None:
-            return []
-        options = [field.annotation, *get_args(field.annotation)]
-        kind = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-    return list(getattr(kind, "model_fields", {}))
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -7,7 +7,9 @@ here, in an editor's JSON Schema check and over REST.
 
 from __future__ import annotations
 
-import json
+import difflib
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ FieldPath = tuple[str | int, ...]
 MAX_BYTES = 1 << 20  # a job file is written by hand; a megabyte is not
 MAX_VALUES = 20_000  # after expanding aliases: an alias bomb stops here
 MAX_DEPTH = 32
+MAX_DIGITS = 100
 
 
 @dataclass
@@ -46,12 +49,11 @@ class Document:
 
     def error(self, where: FieldPath, message: str, *, code: str, hint: str | None = None) -> SpecError:
         """A SpecError that points at `where` in this file, or at the --set that wrote it."""
+        named = dotted(where) or None
         for path, override in self.overrides.items():
             if path == where[: len(path)] or (where == path[: len(where)] and where not in self.lines):
-                return SpecError(message, code=code, field=dotted(where), hint=hint, file=f"--set {override}")
-        return SpecError(
-            message, code=code, field=dotted(where), file=self.path, line=self.line_of(where), hint=hint
-        )
+                return SpecError(message, code=code, field=named, hint=hint, file=f"--set {override}")
+        return SpecError(message, code=code, field=named, file=self.path, line=self.line_of(where), hint=hint)
 
 
 def dotted(where: Iterable[str | int]) -> str:
@@ -62,6 +64,11 @@ def dotted(where: Iterable[str | int]) -> str:
     return text
 
 
+def path_of(field: str) -> FieldPath:
+    """`data.train[0]` as `("data", "train", 0)`: the opposite of dotted."""
+    return tuple(int(part[1:-1]) if part[0] == "[" else part for part in re.findall(r"\[\d+\]|[^.\[\]]+", field))
+
+
 def read_document(path: Path, overrides: Iterable[str] = ()) -> Document:
     """The file at `path` with each `a.b=value` of `overrides` applied on top.
 
@@ -70,21 +77,16 @@ def read_document(path: Path, overrides: Iterable[str] = ()) -> Document:
     """
     try:
         if not path.is_file():
-            reason = "is a directory" if path.is_dir() else "does not exist"
-            raise SpecError(
-                f"the file {path} {reason}",
-                code="file-not-found",
-                file=path,
-                hint="check the path, or write a job file with `tuneyard init`",
-            )
-        raw = path.read_bytes()
+            raise _no_file(path)
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
     except OSError as problem:
         raise SpecError(
             f"cannot read {path}: {problem.strerror}", code="file-unreadable", file=path, hint="check its permissions"
         ) from problem
     if len(raw) > MAX_BYTES:
         raise SpecError(
-            f"{path} has {len(raw)} bytes; a job file has at most {MAX_BYTES}",
+            f"{path} has more than {MAX_BYTES} bytes, the most that a job file may have",
             code="file-too-large",
             file=path,
             hint="is this the data instead of the job file?",
@@ -104,6 +106,22 @@ def read_document(path: Path, overrides: Iterable[str] = ()) -> Document:
     return document
 
 
+def _no_file(path: Path) -> SpecError:
+    """What is wrong with a path that is no regular file."""
+    if path.is_dir():
+        files = sorted(entry.name for entry in path.iterdir() if entry.suffix in (".yaml", ".yml"))
+        hint = f"name a file in it, such as {path / files[0]}" if files else "name a file; `tuneyard init` writes one"
+        return SpecError(f"{path} is a directory", code="file-not-found", file=path, hint=hint)
+    if path.exists():
+        return SpecError(
+            f"{path} is not a regular file", code="file-not-found", file=path, hint="save the job in a file first"
+        )
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    hint = f"did you mean {path.with_name(near[0])}?" if near else "check the path, or write one with `tuneyard init`"
+    return SpecError(f"the file {path} does not exist", code="file-not-found", file=path, hint=hint)
+
+
 def parse_document(text: str, path: Path | None = None) -> Document:
     """`text` as a Document. Raises SpecError as read_document does."""
     try:
@@ -115,25 +133,47 @@ def parse_document(text: str, path: Path | None = None) -> Document:
             code="invalid-yaml",
             file=path,
             line=mark.line + 1 if mark else None,
-            hint="check indentation, quotes and colons around this line",
+            hint="indent with spaces, not tabs"
+            if "'\\t'" in str(problem.problem)
+            else "check indentation, quotes, brackets and colons around this line",
         ) from problem
-    except (YAMLError, RecursionError, ValueError) as problem:
+    except RecursionError as problem:
+        raise _too_deep(path) from problem
+    except (YAMLError, ValueError) as problem:
+        reason = str(problem).strip().partition("\n")[0]
         raise SpecError(
-            f"not valid YAML: {problem}", code="invalid-yaml", file=path, hint="is this a YAML file?"
+            f"not valid YAML: {reason}", code="invalid-yaml", file=path, hint="is this a YAML file?"
         ) from problem
     document = Document(path=path, data={})
     if not isinstance(node, MappingNode):
         raise SpecError(
-            "a job file is a mapping of keys to values" + ("; this one is empty" if node is None else ""),
+            "the file is empty"
+            if node is None
+            else f"a job file is a mapping of keys to values; this is {_kind_of(node)}",
             code="not-a-mapping",
             file=path,
-            line=1,
-            hint="start from `tuneyard init`",
+            line=1 if node is None else node.start_mark.line + 1,
+            hint="write `key: value` lines, such as `name: my-job`; `tuneyard init` writes a whole file",
         )
     data = _Builder(document).build(node, ())
     assert isinstance(data, dict)
     document.data = data
     return document
+
+
+def _too_deep(path: Path | None, line: int | None = None, field: str | None = None) -> SpecError:
+    return SpecError(
+        f"the file nests deeper than {MAX_DEPTH} levels",
+        code="too-deep",
+        file=path,
+        line=line,
+        field=field,
+        hint="no key of a job file is deeper than four levels: is a bracket never closed?",
+    )
+
+
+def _kind_of(node: Node) -> str:
+    return "a list" if isinstance(node, SequenceNode) else "a single value"
 
 
 class _Builder:
@@ -142,50 +182,54 @@ class _Builder:
     def __init__(self, document: Document) -> None:
         self.document = document
         self.values = 0
+        self.open: set[int] = set()  # ids of the nodes that are being built
 
     def build(self, node: Node, where: FieldPath) -> Any:
         line = node.start_mark.line + 1
         self.values += 1
-        if self.values > MAX_VALUES or len(where) > MAX_DEPTH:
-            raise SpecError(
-                f"the file expands to more than {MAX_VALUES} values or nests deeper than {MAX_DEPTH}",
-                code="alias-bomb",
-                file=self.document.path,
-                line=line,
-                field=dotted(where[:4]),
+        if id(node) in self.open:
+            raise self.error(
+                where[:-1], line, f"`*{node.anchor}` stands inside what it repeats", code="recursive-alias",
+                hint="remove the alias",
+            )  # fmt: skip
+        if self.values > MAX_VALUES:
+            raise self.error(
+                where[:1], self.document.lines[where[:1]], f"the file expands to more than {MAX_VALUES} values", code="alias-bomb",
                 hint="remove the YAML aliases (&name, *name) that repeat each other",
-            )
+            )  # fmt: skip
+        if len(where) > MAX_DEPTH:
+            raise _too_deep(self.document.path, line, dotted(where[:1]))
         self.document.lines.setdefault(where, line)
-        if isinstance(node, MappingNode):
-            return self.mapping(node, where)
-        if isinstance(node, SequenceNode):
+        if isinstance(node, ScalarNode):
+            return self.scalar(node, where)
+        self.open.add(id(node))
+        try:
+            if isinstance(node, MappingNode):
+                return self.mapping(node, where)
+            assert isinstance(node, SequenceNode)
             return [self.build(item, (*where, index)) for index, item in enumerate(node.value)]
-        assert isinstance(node, ScalarNode)
-        return self.scalar(node, where)
+        finally:
+            self.open.discard(id(node))
+
+    def error(self, where: FieldPath, line: int, message: str, *, code: str, hint: str) -> SpecError:
+        return SpecError(message, code=code, file=self.document.path, line=line, field=dotted(where) or None, hint=hint)
 
     def mapping(self, node: MappingNode, where: FieldPath) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, ScalarNode):
-                raise SpecError(
-                    "a key must be plain text",
-                    code="invalid-yaml",
-                    file=self.document.path,
-                    line=line,
-                    field=dotted(where),
+                raise self.error(
+                    where, line, "a key must be plain text", code="invalid-yaml",
                     hint="quote keys that hold brackets or braces",
-                )
+                )  # fmt: skip
             key = str(key_node.value)
             if key in result:
-                raise SpecError(
-                    f"the key `{dotted((*where, key))}` is written twice",
-                    code="duplicate-key",
-                    file=self.document.path,
-                    line=line,
-                    field=dotted((*where, key)),
-                    hint="keep one of the two; YAML would silently take the last",
-                )
+                before = self.document.lines[(*where, key)]
+                raise self.error(
+                    (*where, key), line, f"the key `{dotted((*where, key))}` is written twice", code="duplicate-key",
+                    hint=f"keep one of the two; the other is on line {before}",
+                )  # fmt: skip
             self.document.lines[(*where, key)] = line
             result[key] = self.build(value_node, (*where, key))
         return result
@@ -193,6 +237,11 @@ class _Builder:
     def scalar(self, node: ScalarNode, where: FieldPath) -> Any:
         """A scalar by YAML 1.2's core schema; dates and other tags stay text."""
         text = str(node.value)
+        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise self.error(
+                where, node.start_mark.line + 1, f"`{dotted(where)}` holds a character that is no text",
+                code="not-text", hint="remove the escape (\\0 or \\ud800 and the like)",
+            )  # fmt: skip
         if node.style in ("'", '"', "|", ">"):
             return text
         match str(node.tag).rsplit(":", 1)[-1]:
@@ -201,24 +250,29 @@ class _Builder:
             case "bool":
                 return text.lower() == "true"
             case "int":
-                try:
-                    return int(text.replace("_", ""), 0)
-                except ValueError:
-                    return int(text.replace("_", ""))
+                return self.whole_number(text, node, where)
             case "float":
                 value = float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
-                if value != value or value in (float("inf"), float("-inf")):
-                    raise SpecError(
-                        f"{text} is not a finite number",
-                        code="wrong-type",
-                        file=self.document.path,
-                        line=node.start_mark.line + 1,
-                        field=dotted(where),
-                        hint="write a finite number",
-                    )
+                if not math.isfinite(value):
+                    raise self.error(
+                        where, node.start_mark.line + 1, f"`{dotted(where)}` is {text}; it must be a finite number",
+                        code="wrong-type", hint="write a finite number",
+                    )  # fmt: skip
                 return value
             case _:
                 return text
+
+    def whole_number(self, text: str, node: ScalarNode, where: FieldPath) -> int:
+        digits = text.replace("_", "")
+        if len(digits) > MAX_DIGITS:
+            raise self.error(
+                where, node.start_mark.line + 1, f"`{dotted(where)}` is a number of {len(digits)} digits",
+                code="out-of-range", hint="write a smaller number",
+            )  # fmt: skip
+        try:
+            return int(digits, 0)
+        except ValueError:  # a leading zero, which YAML 1.2 reads as a decimal number
+            return int(digits)
 
 
 def apply_override(document: Document, override: str) -> None:
@@ -240,25 +294,28 @@ def apply_override(document: Document, override: str) -> None:
     try:
         value = parse_document(f"value: {text.strip() or 'null'}").data["value"]
     except SpecError as problem:
+        syntax = problem.code == "invalid-yaml"
         raise SpecError(
-            f"--set {override}: the value is not valid YAML",
+            f"--set {override}: the value is not valid YAML" if syntax else f"--set {override}: {problem.message}",
             code="bad-override",
             file=f"--set {override}",
             field=key,
-            hint="quote it for the shell and for YAML: --set 'name=\"a: b\"'",
+            hint="quote it for the shell and for YAML: --set 'name=\"a: b\"'" if syntax else problem.hint,
         ) from problem
     target: Any = document.data
-    for part in parts[:-1]:
+    for depth, part in enumerate(parts[:-1]):
         if target.get(part) is None:
             target[part] = {}
         target = target[part]
         if not isinstance(target, dict):
+            whole = ".".join(str(part) for part in parts[: depth + 1])
+            held = "a list" if isinstance(target, list) else "a plain value"
             raise SpecError(
-                f"--set {override}: `{part}` holds a plain value, so nothing can be set inside it",
+                f"--set {override}: `{whole}` holds {held}, so no key can be set inside it",
                 code="bad-override",
                 file=f"--set {override}",
                 field=key,
-                hint=f"set `{part}` itself instead, for example --set '{part}={json.dumps({parts[-1]: 1})}'",
+                hint=f"set `{whole}` as a whole: --set '{whole}=...'",
             )
     target[parts[-1]] = value
     document.overrides[parts] = override

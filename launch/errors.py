@@ -87,6 +87,21 @@ class SpecErrors(SpecError):
         return "\n".join(SpecError.__str__(error) for error in self.errors)
 
 
+class Refused(ValueError):
+    """What a validator of a job file's section says; `launch.explain` adds where it was written.
+
+    Attributes:
+        at: the key at fault, from the section that was validated; its line is told, if it was written.
+    """
+
+    def __init__(self, message: str, *, at: tuple[str | int, ...] = (), code: str = "inconsistent", hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.at = at
+        self.code = code
+        self.hint = hint
+
+
 class DataError(TuneyardError):
     """The data cannot be trained on: a missing column, an empty split, a label never seen."""
 

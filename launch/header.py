@@ -7,12 +7,14 @@ import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TextIO
 
 from launch.config import TrainSpec
 from launch.errors import DataError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 MAX_LINE = 1 << 24
+MAX_BLANK = 1000
 
 
 def read_header(path: Path) -> list[str]:
@@ -23,32 +25,58 @@ def read_header(path: Path) -> list[str]:
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            return [str(name) for name in pyarrow.parquet.read_schema(path).names]
-        except pyarrow.ArrowInvalid as problem:
-            raise DataError(f"{path} is not a Parquet file: {problem}", hint="write it again") from problem
+        return _parquet_header(path)
     if suffix not in SUFFIXES:
-        raise DataError(f"{path} is of no known kind", hint=f"known endings: {', '.join(SUFFIXES)}")
+        raise DataError(
+            f"{path} is of no known kind", code="unknown-format", hint=f"known endings: {', '.join(SUFFIXES)}"
+        )
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            line = stream.readline(MAX_LINE)
+            line = _first_line(stream)
+            rows = suffix in (".jsonl", ".ndjson") or bool(_first_line(stream).strip())
     except UnicodeDecodeError as problem:
-        raise DataError(f"{path} is not UTF-8 text", hint="save it as UTF-8") from problem
+        raise DataError(f"{path} is not UTF-8 text", code="not-text", hint="save it as UTF-8") from problem
     if not line.strip():
         return []
+    if not rows:
+        raise DataError(f"{path} has a header line and no rows", code="empty-data", hint="is it the right file?")
     if suffix == ".tsv":
         return line.rstrip("\r\n").split("\t")
     if suffix == ".csv":
-        return next(csv.reader([line]))
+        try:
+            return next(csv.reader([line]))
+        except csv.Error as problem:
+            raise DataError(
+                f"{path}:1 is not a line of column names: {problem}", code="not-csv", hint="is it the right file?"
+            ) from problem
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as problem:
-        raise DataError(f"{path}:1 is not JSON: {problem.msg}", hint="one object a line") from problem
+    except (json.JSONDecodeError, RecursionError) as problem:
+        raise DataError(f"{path}:1 is not JSON", code="not-json", hint="write one JSON object a line") from problem
     if not isinstance(row, dict):
-        raise DataError(f"{path}:1 is not a JSON object", hint="one object a line")
+        raise DataError(f"{path}:1 is not a JSON object", code="not-json", hint="write one JSON object a line")
     return list(row)
+
+
+def _first_line(stream: TextIO) -> str:
+    """The next line that is not blank; empty at the end."""
+    for _ in range(MAX_BLANK):
+        line = stream.readline(MAX_LINE)
+        if not line or line.strip():
+            return line
+    return ""
+
+
+def _parquet_header(path: Path) -> list[str]:
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_metadata(path)
+    except pyarrow.ArrowException as problem:
+        raise DataError(f"{path} is not a Parquet file", code="not-parquet", hint="write it again") from problem
+    if metadata.num_rows == 0:
+        raise DataError(f"{path} has columns and no rows", code="empty-data", hint="is it the right file?")
+    return [str(name) for name in metadata.schema.to_arrow_schema().names]
 
 
 def check_columns(source: str, available: Iterable[str], columns: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from orchestrator.errors import (
     ImpossibleGangError,
     NotFoundError,
     SpecError,
+    SpecErrors,
     TuneyardError,
     UnauthorizedError,
     YardError,
@@ -24,7 +25,16 @@ from orchestrator.views import AttemptView, DryRun, EventView, JobView, NodeView
 ERRORS: dict[str, type[TuneyardError]] = {
     kind.code: kind for kind in (NotFoundError, ConflictError, UnauthorizedError, ImpossibleGangError, SpecError)
 }
+# Errors of these classes may have a code of their own.
+CLASSES: dict[int, type[TuneyardError]] = {
+    401: UnauthorizedError,
+    404: NotFoundError,
+    409: ConflictError,
+    413: SpecError,
+    422: SpecError,
+}
 POLL_S = 0.3
+AWAY_S = 60.0
 
 
 class Client:
@@ -106,7 +116,7 @@ class Client:
                 if view.state.final:
                     return
             except YardError:
-                if time.monotonic() - last > 60:
+                if time.monotonic() - last > AWAY_S:
                     raise
             if timeout is not None and time.monotonic() - start > timeout:
                 raise YardError(
@@ -123,9 +133,21 @@ class Client:
             ) from problem
         if answer.is_success:
             return answer
-        try:
-            error = answer.json()["error"]
-        except (ValueError, KeyError, TypeError):
-            raise YardError(f"the yard answered {answer.status_code}: {answer.text[:200]}") from None
-        kind = ERRORS.get(error["code"], SpecError if answer.status_code == 422 else YardError)
-        raise kind(error["message"], code=error["code"], field=error.get("field"), hint=error.get("hint"))
+        raise _error_of(answer)
+
+
+def _error_of(answer: httpx.Response) -> TuneyardError:
+    """The error that a yard answered, as the class that it was there."""
+    try:
+        body = answer.json()
+        told = body.get("errors") or [body["error"]]
+        errors = [_error(error, answer.status_code) for error in told]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return YardError(f"the yard answered {answer.status_code}: {answer.text[:200]}", hint="is this a Tuneyard API?")
+    several = [error for error in errors if isinstance(error, SpecError)]
+    return SpecErrors(several) if len(several) > 1 else errors[0]
+
+
+def _error(told: dict[str, Any], status: int) -> TuneyardError:
+    kind = ERRORS.get(told["code"], CLASSES.get(status, YardError))
+    return kind(told["message"], code=told["code"], field=told.get("field"), hint=told.get("hint"))

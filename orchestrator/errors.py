@@ -14,6 +14,7 @@ __all__ = [
     "ImpossibleGangError",
     "LeaseLostError",
     "NotFoundError",
+    "SettingsError",
     "SpecError",
     "SpecErrors",
     "StoreError",
@@ -75,6 +76,12 @@ class UnauthorizedError(TuneyardError):
     """The token is missing or wrong."""
 
     code = "unauthorized"
+
+
+class SettingsError(SpecError):
+    """An environment variable of the yard has a value that it cannot have."""
+
+    code = "bad-setting"
 
 
 class DoctorError(TuneyardError):

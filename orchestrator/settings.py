@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from orchestrator.errors import SettingsError
+
+PREFIX = "TUNEYARD_"
 
 
 class Settings(BaseSettings):
     """Where a yard keeps its things, and how patient it is. All durations are seconds."""
 
-    model_config = SettingsConfigDict(env_prefix="TUNEYARD_", extra="ignore", use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", use_attribute_docstrings=True)
 
     home: Path = Path("~/.tuneyard")
     """Directory of the yard's state: database, runs, models, logs."""
@@ -35,6 +40,18 @@ class Settings(BaseSettings):
     """A controller that has not renewed its lease for so long can be replaced."""
     stop_grace: float = Field(60.0, ge=0)
     """Time a stopped job has to reach a step boundary before its processes are ended."""
+
+    def __init__(self, **values: Any) -> None:
+        """Raises SettingsError: a variable has a value that it cannot have."""
+        try:
+            super().__init__(**values)
+        except ValidationError as problem:
+            # The input is left out: it may be a secret.
+            first = problem.errors(include_input=False)[0]
+            name = PREFIX + str(first["loc"][0]).upper()
+            raise SettingsError(
+                f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}", field=name, hint=f"set {name} to another value"
+            ) from None
 
     @property
     def root(self) -> Path:

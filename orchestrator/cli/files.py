@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from launch.document import read_document
+from launch.document import Document, path_of, read_document
+from orchestrator.errors import SpecError, SpecErrors
 from orchestrator.job.check import check_job
 from orchestrator.job.spec import AnyJob, load_job
 
@@ -18,9 +21,33 @@ Overrides = Annotated[
 ]
 
 
-def read_job(file: Path, overrides: list[str] | None) -> AnyJob:
-    """The validated job, all that it names looked at. Raises SpecError or SpecErrors."""
+def read_job(file: Path, overrides: list[str] | None) -> tuple[AnyJob, Document]:
+    """The validated job, all that it names looked at, and the file it was read from.
+
+    Raises:
+        SpecError: a fault of the file, of an override, or of what the file names.
+    """
     document = read_document(file, overrides or ())
     job = load_job(document)
     check_job(job, document)
-    return job
+    return job, document
+
+
+@contextmanager
+def told_where(document: Document) -> Iterator[None]:
+    """Adds file and line to a SpecError of a yard, which knows fields alone."""
+    try:
+        yield
+    except SpecErrors as problem:
+        raise SpecErrors([_located(error, document) for error in problem.errors]) from problem
+    except SpecError as problem:
+        raise _located(problem, document) from problem
+
+
+def _located(problem: SpecError, document: Document) -> SpecError:
+    if problem.field is None or problem.file is not None:
+        return problem
+    at = document.error(path_of(problem.field), problem.message, code=problem.code)
+    return type(problem)(
+        problem.message, code=problem.code, field=problem.field, file=at.file, line=at.line, hint=problem.hint
+    )

@@ -9,17 +9,16 @@ from collections.abc import Iterator
 
 import typer
 
-from orchestrator.cli.files import JobFile, Overrides, read_job
+from orchestrator.cli.files import JobFile, Overrides, read_job, told_where
 from orchestrator.cli.output import Format, Output, err, job_json, print_json
 from orchestrator.cli.progress import follow, summary
 from orchestrator.cli.status import of_job
 from orchestrator.cluster.model import Snapshot
 from orchestrator.control.loop import Controller
 from orchestrator.control.reconcile import waiting
-from orchestrator.errors import ImpossibleGangError
 from orchestrator.execute.local import LocalExecutor
 from orchestrator.job.spec import AnyJob
-from orchestrator.schedule.decide import why_impossible
+from orchestrator.schedule.decide import check_possible
 from orchestrator.serve.views import job_view
 from orchestrator.settings import Settings
 from orchestrator.store.store import Store
@@ -37,12 +36,11 @@ def run(
     Needs no yard and no Ray: the controller lives in this process and ends the job with it. Ctrl-C asks the ranks
     to stop at their next step; a second one ends them at once.
     """
-    job = read_job(file, set_)
+    job, document = read_job(file, set_)
     settings = Settings()
     executor = LocalExecutor(settings.cpu_slots, owned=True)
-    reason = why_impossible(Snapshot(nodes=tuple(executor.nodes())), waiting("run", 0, job))
-    if reason is not None:
-        raise ImpossibleGangError(reason.sentence, field="resources.num_processes", file=file, hint=reason.remedy)
+    with told_where(document):
+        check_possible(Snapshot(nodes=tuple(executor.nodes())), waiting("run", 0, job))
     view = follow(_run(job, settings, executor), quiet=quiet)
     if output == Format.JSON:
         print_json(job_json(view))

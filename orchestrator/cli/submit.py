@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from orchestrator.cli.files import JobFile, Overrides, read_job
+from orchestrator.cli.files import JobFile, Overrides, read_job, told_where
 from orchestrator.cli.output import Format, Output, job_json, out, print_json
 from orchestrator.cli.progress import follow, summary
 from orchestrator.cli.status import of_job
@@ -22,10 +22,10 @@ def submit(
 
     The file, and all that it names, is checked here first: a job that cannot run is refused and nothing is stored.
     """
-    job = read_job(file, set_)
+    job, document = read_job(file, set_)
     from orchestrator.cli.yard import client
 
-    with client() as yard:
+    with client() as yard, told_where(document):
         if dry_run:
             answer = yard.dry_run(job)
             if output == Format.JSON:

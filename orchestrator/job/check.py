@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from difflib import get_close_matches
 from pathlib import Path
 
-from launch.config import HUB_ID
+from launch.config import HUB_ID, exists
 from launch.document import Document, FieldPath
 from launch.errors import DataError
 from launch.header import check_columns, columns_of, read_header
@@ -30,24 +32,23 @@ def check_job(job: AnyJob, document: Document) -> None:
 
 def _command(job: CommandJob, document: Document) -> list[SpecError]:
     folder = Path(job.working_dir or ".")
-    if not folder.is_dir():
-        return [
-            document.error(
-                ("working_dir",), f"{folder} is not a directory", code="file-not-found", hint="make it, or name another"
-            )
-        ]
-    if shutil.which(job.run[0]) is None and not (folder / job.run[0]).exists():
-        return [
-            document.error(
-                ("run", 0),
-                f"the command {job.run[0]} is not found",
-                code="command-not-found",
-                hint="run is a list of the program and its arguments: [python, train.py]",
-            )
-        ]
+    if not exists(folder) or not folder.is_dir():
+        message = f"{folder} is not a directory"
+        return [document.error(("working_dir",), message, code="file-not-found", hint="make it, or name another")]
     errors = []
+    if not _is_command(folder, job.run[0]):
+        words = job.run[0].split()
+        if len(words) > 1:
+            hint = f"run is a list of the program and its arguments: [{', '.join(words)}]"
+        elif exists(folder / job.run[0]):
+            hint = f"it is not executable: chmod +x {folder / job.run[0]}, or run: [python, {job.run[0]}]"
+        else:
+            hint = "is it installed, and on the PATH? run is a list: [python, train.py]"
+        errors.append(
+            document.error(("run", 0), f"the command {job.run[0]} is not found", code="command-not-found", hint=hint)
+        )
     for index, argument in enumerate(job.run[1:], start=1):
-        if argument.endswith(".py") and not (folder / argument).exists():
+        if argument.endswith(".py") and not exists(folder / argument):
             errors.append(
                 document.error(
                     ("run", index),
@@ -57,6 +58,15 @@ def _command(job: CommandJob, document: Document) -> list[SpecError]:
                 )
             )
     return errors
+
+
+def _is_command(folder: Path, name: str) -> bool:
+    """Whether the launcher would find the program: on the PATH, beside this Python, or as a path from `folder`."""
+    if "/" in name:
+        path = folder / name
+        return exists(path) and path.is_file() and os.access(path, os.X_OK)
+    beside = str(Path(sys.executable).parent)
+    return shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])) is not None
 
 
 def _training(job: TrainingJob, document: Document) -> list[SpecError]:
@@ -69,21 +79,21 @@ def _model(job: TrainingJob, document: Document) -> list[SpecError]:
     if HUB_ID.match(name):
         return []  # on a hub: known when it is loaded
     folder = Path(name)
-    if not folder.exists():
+    if not exists(folder):
         hint = _near(folder) or "paths are relative to the job file; a hub id looks like org/name"
         return [document.error(where, f"the model directory {folder} does not exist", code="file-not-found", hint=hint)]
     config = folder / MODEL_CONFIG
     try:
         architecture = json.loads(config.read_bytes()).get("model_type")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         architecture = None
     if architecture is None:
         return [
             document.error(
                 where,
-                f"{folder} is not a model directory: it has no readable {MODEL_CONFIG} with a model_type",
+                f"{folder} is not a model directory: it has no {MODEL_CONFIG} with a model_type",
                 code="not-a-model",
-                hint="name a directory that save_pretrained wrote",
+                hint=_models_in(folder) or "name a directory that save_pretrained wrote",
             )
         ]
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
@@ -93,6 +103,12 @@ def _model(job: TrainingJob, document: Document) -> list[SpecError]:
             )
         ]
     return []
+
+
+def _models_in(folder: Path) -> str | None:
+    """A hint at the model directories one level down."""
+    found = sorted(path.parent for path in folder.glob(f"*/{MODEL_CONFIG}"))
+    return f"did you mean {found[0]}?" if found else None
 
 
 def _data(job: TrainingJob, document: Document) -> list[SpecError]:
@@ -113,7 +129,7 @@ def _data(job: TrainingJob, document: Document) -> list[SpecError]:
 
 def _source(path: Path, columns: dict[str, str]) -> None:
     """Raises DataError unless `path` is a hub id, a saved datasets directory, or a file with `columns`."""
-    if not path.exists():
+    if not exists(path):
         if HUB_ID.match(str(path)):
             return
         raise DataError(
@@ -140,7 +156,7 @@ def _source(path: Path, columns: dict[str, str]) -> None:
 
 def _near(path: Path) -> str | None:
     """`did you mean …?` with the nearest name that does exist beside `path`."""
-    if not path.parent.is_dir():
+    if not exists(path.parent) or not path.parent.is_dir():
         return f"there is no directory {path.parent}"
     near = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.5)
     return f"did you mean {path.with_name(near[0])}?" if near else None

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, field_validator, model_validator
 
-from launch.config import CheckpointSpec, Section, TrainSpec, resolve_paths, validate
+from launch.config import CheckpointSpec, Section, TrainSpec, local_path, resolve_paths, validate
 from launch.document import Document
+from launch.errors import Refused, SpecError, SpecErrors
+from launch.explain import unknown_key
 
 PRIORITIES = {"low": -100, "normal": 0, "high": 100}
+MAX_PROCESSES = 65536
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
@@ -22,7 +28,7 @@ def _seconds(value: Any) -> Any:
     if isinstance(value, str):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", value.strip())
         if match is None:
-            raise ValueError(f"{value!r} is not a duration; write 90s, 30m, 2h or 1d")
+            raise Refused(f"`{value}` is not a duration", code="bad-duration", hint="write 90s, 30m, 2h or 1d")
         return float(match[1]) * UNITS[match[2]]
     return value
 
@@ -30,7 +36,12 @@ def _seconds(value: Any) -> Any:
 def _priority(value: Any) -> Any:
     if isinstance(value, str):
         if value not in PRIORITIES:
-            raise ValueError(f"{value!r} is not a priority; write low, normal, high or a whole number")
+            near = get_close_matches(value, PRIORITIES, n=1, cutoff=0.5)
+            raise Refused(
+                f"`{value}` is not a priority",
+                code="unknown-value",
+                hint=(f"did you mean `{near[0]}`? " if near else "") + "write low, normal, high or a whole number",
+            )
         return PRIORITIES[value]
     return value
 
@@ -46,19 +57,25 @@ Priority = Annotated[
 class Resources(Section):
     """The gang: all of it starts together or nothing does."""
 
-    num_processes: Annotated[int, Field(ge=1, le=65536)] | Annotated[str, Field(pattern=r"^\d+\.\.\d+$")] = 1
+    num_processes: Annotated[int, Field(ge=1, le=MAX_PROCESSES)] | Annotated[str, Field(pattern=r"^\d+\.\.\d+$")] = 1
     """One process a GPU. The string `2..8` lets the yard choose within the bounds."""
     accelerator: str = Field("any", pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._/-]*$")
     """any, cpu, gpu, or a GPU type such as H100."""
 
-    @field_validator("num_processes")
+    @field_validator("num_processes", mode="before")
     @classmethod
-    def _ordered(cls, value: int | str) -> int | str:
+    def _is_a_number_or_bounds(cls, value: Any) -> Any:
+        ordered = False
         if isinstance(value, str):
-            low, high = (int(part) for part in value.split(".."))
-            if not 1 <= low <= high:
-                raise ValueError(f"`{value}`: the lower bound must be at least 1 and not above the upper one")
-        return value
+            match = re.fullmatch(r"(\d{1,5})\.\.(\d{1,5})", value)
+            ordered = match is not None and 1 <= int(match[1]) <= int(match[2]) <= MAX_PROCESSES
+        if ordered or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_PROCESSES):
+            return value
+        raise Refused(
+            f"`{'null' if value is None else value}` is no number of processes",
+            code="out-of-range" if isinstance(value, int | str) and not isinstance(value, bool) else "wrong-type",
+            hint="write a whole number of at least 1, or bounds in ascending order such as 2..8",
+        )
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -100,16 +117,37 @@ class JobSpec(Section):
     """Environment variables. A secret is given as {from_env: NAME}, never by value."""
     checkpoint: CheckpointSpec = CheckpointSpec()
 
+    @field_validator("env", mode="before")
+    @classmethod
+    def _is_text(cls, env: Any) -> Any:
+        for name, value in env.items() if isinstance(env, dict) else ():
+            if not isinstance(value, str | dict | FromEnvironment):
+                shown = json.dumps(value, default=str)
+                raise Refused(
+                    f"`env.{name}` is {shown}; the environment holds text",
+                    at=(name,),
+                    code="wrong-type",
+                    hint=f'put it in quotes: "{shown}"' if isinstance(value, int | float) else "write it as text",
+                )
+        return env
+
     @field_validator("env")
     @classmethod
     def _no_secrets(cls, env: dict[str, str | FromEnvironment]) -> dict[str, str | FromEnvironment]:
         for name, value in env.items():
             if name.startswith("TUNEYARD_"):
-                raise ValueError(f"env.{name}: names that start with TUNEYARD_ are the yard's own")
+                raise Refused(
+                    f"`{name}` is the yard's own: it sets every variable that starts with TUNEYARD_",
+                    at=(name,),
+                    code="reserved-name",
+                    hint="choose another name",
+                )
             if isinstance(value, str) and SECRET_NAME.search(name):
-                raise ValueError(
-                    f"env.{name} looks like a secret, and a job file is stored; "
-                    f"write `{name}: {{from_env: {name}}}` and set it where the yard runs"
+                raise Refused(
+                    f"`env.{name}` looks like a secret, and a job file is stored",
+                    at=(name,),
+                    code="secret-by-value",
+                    hint=f"write `{name}: {{from_env: {name}}}` and set {name} where the yard runs",
                 )
         return env
 
@@ -121,15 +159,23 @@ class TrainingJob(TrainSpec, JobSpec):
     def _gang_fits_strategy(self) -> TrainingJob:
         low, high = self.resources.bounds
         if self.strategy == "single" and low > 1:
-            raise ValueError(
-                f"strategy: single is one process, and resources.num_processes asks for {self.resources.num_processes}"
+            raise Refused(
+                f"`strategy: single` is one process, and the job asks for {self.resources.num_processes}",
+                at=("resources", "num_processes"),
+                hint="ask for 1, or take strategy ddp, zero1, zero2, zero3 or auto",
             )
         if self.train.precision == "fp16" and self.resources.accelerator == "cpu":
-            raise ValueError("train.precision: fp16 needs a GPU; on a CPU use bf16 or fp32")
+            raise Refused(
+                "`train.precision: fp16` needs a GPU, and the job asks for `accelerator: cpu`",
+                at=("train", "precision"),
+                hint="on a CPU take bf16 or fp32",
+            )
         if high > self.train.global_batch_size:
-            raise ValueError(
-                f"{high} processes cannot share a train.global_batch_size of {self.train.global_batch_size}: "
-                "each needs at least one row a step"
+            rows = self.train.global_batch_size
+            raise Refused(
+                f"{high} processes cannot share a `train.global_batch_size` of {rows}: each needs a row a step",
+                at=("resources", "num_processes"),
+                hint=f"ask for at most {rows} processes, or raise train.global_batch_size to {high}",
             )
         return self
 
@@ -170,11 +216,38 @@ def load_job(document: Document) -> AnyJob:
         )
     if "run" in document.data:
         job = validate(CommandJob, document)
-        return job.model_copy(update={"working_dir": str((base / (job.working_dir or ".")).resolve())})
+        return job.model_copy(update={"working_dir": str(local_path(base, job.working_dir or "."))})
+    if not training:
+        raise SpecErrors(list(_nothing_to_do(document)))
     spec = validate(TrainingJob, document)
     resolved = resolve_paths(spec, base)
     assert isinstance(resolved, TrainingJob)
     return resolved
+
+
+def _nothing_to_do(document: Document) -> Iterator[SpecError]:
+    yield document.error(
+        (),
+        "nothing to do: a job either trains a model (`model`, `data`, `train`) or runs a command (`run`)",
+        code="nothing-to-do",
+        hint="add the one or the other; `tuneyard init` writes a file of either kind",
+    )
+    known = {*TrainingJob.model_fields, *CommandJob.model_fields}
+    for key in document.data:
+        if key not in known:
+            yield unknown_key(
+                TrainingJob if get_close_matches(key, TrainingJob.model_fields) else CommandJob, document, (key,)
+            )
+
+
+def check_submission(data: dict[str, Any]) -> AnyJob:
+    """A job that came over the network, from a client that has already made its paths absolute.
+
+    Raises:
+        SpecErrors: every fault at once, each with its field.
+    """
+    document = Document(path=None, data=data)
+    return validate(CommandJob, document) if "run" in data else validate(TrainingJob, document)
 
 
 def dump_job(job: AnyJob) -> str:

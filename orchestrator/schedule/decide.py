@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.cluster.model import Placement, Snapshot
+from orchestrator.errors import ImpossibleGangError
 from orchestrator.job.lifecycle import Reason, ReasonCode
 from orchestrator.schedule.place import largest_gang, place
 
@@ -77,9 +78,18 @@ def why_impossible(snapshot: Snapshot, job: Waiting) -> Reason | None:
     kind = "" if job.accelerator == "any" else f" on {job.accelerator}"
     return Reason(
         code=ReasonCode.GANG_TOO_LARGE,
-        sentence=f"the gang needs {job.min_processes} processes{kind}; the whole yard holds {most}",
-        remedy=f"ask for at most {most} processes" if most else "ask for another accelerator, or add such a node",
+        sentence=f"the gang needs {_count(job.min_processes)}{kind}; the whole yard holds {most}",
+        remedy=f"ask for at most {_count(most)}" if most else "ask for another accelerator, or add such a node",
     )
+
+
+def check_possible(snapshot: Snapshot, job: Waiting) -> None:
+    """Raises ImpossibleGangError if no placement on these nodes, all idle, holds the gang."""
+    reason = why_impossible(snapshot, job)
+    if reason is not None:
+        others_would_do = largest_gang(snapshot.idle(), "any") >= job.min_processes
+        field = "resources.accelerator" if others_would_do else "resources.num_processes"
+        raise ImpossibleGangError(reason.sentence, field=field, hint=reason.remedy)
 
 
 def _largest_that_fits(snapshot: Snapshot, job: Waiting) -> Placement | None:
@@ -92,9 +102,13 @@ def _no_room(snapshot: Snapshot, job: Waiting) -> Reason:
     kind = "" if job.accelerator == "any" else f" on {job.accelerator}"
     return Reason(
         code=ReasonCode.INSUFFICIENT_FREE,
-        sentence=f"first in the queue; needs {job.min_processes} processes{kind} at once, {free} can start now",
+        sentence=f"first in the queue; needs {_count(job.min_processes)}{kind} at once, {free} can start now",
         remedy="starts when running jobs end; cancel one, or ask for fewer processes",
     )
+
+
+def _count(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"
 
 
 def _behind(head: Waiting) -> Reason:

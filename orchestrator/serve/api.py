@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import json
 import secrets
 import string
 import time
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from launch import __version__
 from orchestrator.cluster.model import Snapshot
@@ -22,16 +21,16 @@ from orchestrator.control.reconcile import waiting
 from orchestrator.errors import (
     ConflictError,
     ExecutorError,
-    ImpossibleGangError,
     NotFoundError,
     SpecError,
+    SpecErrors,
     StoreError,
     TuneyardError,
     UnauthorizedError,
 )
-from orchestrator.job.spec import AnyJob, parse_job
+from orchestrator.job.spec import AnyJob, check_submission
 from orchestrator.memory.plan import plan
-from orchestrator.schedule.decide import why_impossible
+from orchestrator.schedule.decide import check_possible
 from orchestrator.schedule.place import largest_gang, place
 from orchestrator.serve.views import attempt_view, job_view
 from orchestrator.views import AttemptView, DryRun, EventView, JobView, NodeView
@@ -83,7 +82,9 @@ def create_app(controller: Controller, token: str) -> FastAPI:
     @app.exception_handler(TuneyardError)
     async def explain(_request: Request, problem: TuneyardError) -> JSONResponse:
         status = next((code for kind, code in STATUS.items() if isinstance(problem, kind)), 400)
-        return JSONResponse({"error": problem.as_dict()}, status_code=status)
+        errors = problem.errors if isinstance(problem, SpecErrors) else [problem]
+        told = [error.as_dict() for error in errors]
+        return JSONResponse({"error": told[0], "errors": told}, status_code=status)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_request: Request, problem: RequestValidationError) -> JSONResponse:
@@ -98,7 +99,7 @@ def create_app(controller: Controller, token: str) -> FastAPI:
 
     @guarded.post("/jobs", status_code=201)
     def submit(submission: Submission) -> JobView:
-        job = _parse(submission)
+        job = check_submission(submission.job)
         _check_possible(controller, job)
         suffix = "".join(secrets.choice(ID_ALPHABET) for _ in range(5))
         row = store.add_job(f"{job.name}-{suffix}", job, time.time())
@@ -107,7 +108,7 @@ def create_app(controller: Controller, token: str) -> FastAPI:
 
     @guarded.post("/jobs:dry-run")
     def dry_run(submission: Submission) -> DryRun:
-        job = _parse(submission)
+        job = check_submission(submission.job)
         _check_possible(controller, job)
         held = [attempt.held for attempt in store.live_attempts()]
         snapshot = Snapshot.of(executor.nodes(), held)
@@ -189,23 +190,9 @@ def create_app(controller: Controller, token: str) -> FastAPI:
     return app
 
 
-def _parse(submission: Submission) -> AnyJob:
-    try:
-        return parse_job(json.dumps(submission.job))
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise SpecError(
-            f"{field}: {first['msg']}", field=field, hint="submit with the same version of tuneyard"
-        ) from problem
-
-
 def _check_possible(controller: Controller, job: AnyJob) -> None:
     """Raises ImpossibleGangError if no placement on today's nodes, all idle, holds the gang."""
-    snapshot = Snapshot(nodes=tuple(controller.executor.nodes()))
-    reason = why_impossible(snapshot, waiting("new", 0, job))
-    if reason is not None:
-        raise ImpossibleGangError(reason.sentence, field="resources.num_processes", hint=reason.remedy)
+    check_possible(Snapshot(nodes=tuple(controller.executor.nodes())), waiting("new", 0, job))
 
 
 def _most(snapshot: Snapshot, low: int, high: int, accelerator: str) -> int:
