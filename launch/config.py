@@ -29,7 +29,9 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 class Section(BaseModel):
     """A part of a job file: unknown keys and silent type conversions are refused, values never change."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def _one_or_many(value: Any) -> Any:
@@ -169,6 +171,8 @@ class OptimSpec(Section):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     seed: int = Field(0, ge=0, lt=2**32)
+    group_by_length: bool = True
+    """Batches of rows of like length: less padding, so faster. The order stays a function of the seed."""
     eval_every: int | None = Field(None, ge=1)
     """Evaluate every so many steps; null evaluates at the end alone."""
     log_every: int = Field(1, ge=1)

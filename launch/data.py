@@ -16,10 +16,10 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from launch.config import DataSpec, SplitSpec, TrainSpec
+from launch.config import DataSpec, OptimSpec, SplitSpec, TrainSpec
 from launch.errors import DataError
 from launch.header import columns_of
-from launch.sampler import Indices, shuffled
+from launch.sampler import Indices, Sampler, shuffled
 from launch.tables import Columns, read_columns
 
 IGNORED = -100  # transformers' mark for a position without a target
@@ -38,6 +38,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def lengths(self) -> Indices:
+        """Tokens of each row."""
+        return np.diff(self.offsets)
+
     def targets(self, rows: Indices) -> int:
         """causal-lm: how many tokens of `rows` are predicted; position 0 has nothing before it."""
         lengths = self.offsets[rows + 1] - self.offsets[rows]
@@ -49,6 +54,12 @@ class Rows:
         for array in (self.tokens, self.offsets, self.labels):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:32]
+
+
+def sampler_for(rows: Rows, optim: OptimSpec) -> Sampler:
+    """The order in which a job trains on `rows`."""
+    lengths = rows.lengths if optim.group_by_length else None
+    return Sampler(rows.fingerprint(), optim.seed, len(rows), optim.global_batch_size, lengths)
 
 
 @dataclass(frozen=True)

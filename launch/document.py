@@ -64,6 +64,11 @@ def dotted(where: Iterable[str | int]) -> str:
     return text
 
 
+def is_text(text: str) -> bool:
+    """Whether a file or a database can hold it: no NUL, no half of a surrogate pair."""
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def path_of(field: str) -> FieldPath:
     """`data.train[0]` as `("data", "train", 0)`: the opposite of dotted."""
     return tuple(int(part[1:-1]) if part[0] == "[" else part for part in re.findall(r"\[\d+\]|[^.\[\]]+", field))
@@ -194,7 +199,8 @@ class _Builder:
             )  # fmt: skip
         if self.values > MAX_VALUES:
             raise self.error(
-                where[:1], self.document.lines[where[:1]], f"the file expands to more than {MAX_VALUES} values", code="alias-bomb",
+                where[:1], self.document.lines[where[:1]], f"the file expands to more than {MAX_VALUES} values",
+                code="alias-bomb",
                 hint="remove the YAML aliases (&name, *name) that repeat each other",
             )  # fmt: skip
         if len(where) > MAX_DEPTH:
@@ -237,7 +243,7 @@ class _Builder:
     def scalar(self, node: ScalarNode, where: FieldPath) -> Any:
         """A scalar by YAML 1.2's core schema; dates and other tags stay text."""
         text = str(node.value)
-        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        if not is_text(text):
             raise self.error(
                 where, node.start_mark.line + 1, f"`{dotted(where)}` holds a character that is no text",
                 code="not-text", hint="remove the escape (\\0 or \\ud800 and the like)",

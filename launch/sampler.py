@@ -7,15 +7,16 @@ exactly once per epoch, as it would have without the change.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
+
+WINDOW_BATCHES = 50  # as transformers' group_by_length: enough rows to sort, few enough to stay random
 
 
 def shuffled(rows: int, *key: str | int) -> Indices:
@@ -29,15 +30,27 @@ def shuffled(rows: int, *key: str | int) -> Indices:
     return np.argsort(bits, kind="stable")
 
 
-@functools.lru_cache(maxsize=2)
 def epoch_order(fingerprint: str, seed: int, epoch: int, rows: int) -> Indices:
-    """The order in which epoch `epoch` (0-based) visits its rows; shape (rows,), read-only since it is cached."""
-    order = shuffled(rows, "epoch", fingerprint, seed, epoch)
-    order.flags.writeable = False
-    return order
+    """The order in which epoch `epoch` (0-based) visits its rows; shape (rows,)."""
+    return shuffled(rows, "epoch", fingerprint, seed, epoch)
 
 
-@dataclass(frozen=True)
+def grouped_by_length(order: Indices, lengths: Indices, batch: int, *key: str | int) -> Indices:
+    """`order` with rows of like length brought into one batch of `batch`, so that little is padding.
+
+    Rows move within a window of WINDOW_BATCHES batches only, and the batches are then shuffled, so that neither the
+    model nor an evaluation in mid-epoch sees short rows first. The rows of a last, smaller batch stay last.
+    """
+    whole = len(order) // batch * batch
+    window = WINDOW_BATCHES * batch
+    cuts = [order[start : min(start + window, whole)] for start in range(0, whole, window)]
+    if not cuts:
+        return order
+    in_batches = np.concatenate([cut[np.argsort(lengths[cut], kind="stable")] for cut in cuts]).reshape(-1, batch)
+    return np.concatenate([in_batches[shuffled(len(in_batches), "batches", *key)].reshape(-1), order[whole:]])
+
+
+@dataclass(frozen=True, eq=False)
 class Sampler:
     """The training order of one dataset."""
 
@@ -45,11 +58,25 @@ class Sampler:
     seed: int
     rows: int
     global_batch_size: int
+    lengths: Indices | None = None
+    """Tokens of each row: then rows of like length share a batch. They are content, so the fingerprint covers them."""
+    _orders: dict[int, Indices] = field(default_factory=dict, repr=False)
+
+    def order(self, epoch: int) -> Indices:
+        """The order in which epoch `epoch` (0-based) visits its rows; shape (rows,)."""
+        if epoch not in self._orders:
+            self._orders.clear()  # one epoch at a time is walked through
+            order = epoch_order(self.fingerprint, self.seed, epoch, self.rows)
+            if self.lengths is not None:
+                key = (self.fingerprint, self.seed, epoch)
+                order = grouped_by_length(order, self.lengths, self.global_batch_size, *key)
+            self._orders[epoch] = order
+        return self._orders[epoch]
 
     def batch(self, consumed: int) -> Indices:
         """Rows of the step that follows `consumed` samples; the last batch of an epoch may be smaller."""
         epoch, start = divmod(consumed, self.rows)
-        return epoch_order(self.fingerprint, self.seed, epoch, self.rows)[start : start + self.global_batch_size]
+        return self.order(epoch)[start : start + self.global_batch_size]
 
     def steps_for(self, epochs: float) -> int:
         """Optimizer steps of `epochs` passes, a part of a pass rounded up to whole steps; at least one."""

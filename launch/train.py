@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from launch.checkpoint import same_topology as checkpoint
 from launch.config import TrainSpec
 from launch.contract import AttemptFiles, ExitCode, RankResult, RunContract, TrainSummary
-from launch.data import Corpus, Rows, collate, load_corpus
+from launch.data import Corpus, Rows, collate, load_corpus, sampler_for
 from launch.engine import Engine, build_engine, make_accelerator, peak_bytes
 from launch.errors import ContractError, DataError, SpecError
 from launch.export import export
@@ -20,7 +20,7 @@ from launch.losses import loss_terms, row_losses
 from launch.metrics import EarlyStop, evaluate, sum_over_ranks
 from launch.model import build_model, load_tokenizer
 from launch.progress import Progress
-from launch.sampler import Indices, Sampler, micro_steps, rank_micro_batches
+from launch.sampler import Indices, micro_steps, rank_micro_batches
 from launch.schedule import learning_rate
 from launch.stop import StopWish
 
@@ -90,7 +90,7 @@ class Loop:
         self.engine, self.corpus, self.pad_token_id = engine, corpus, pad_token_id
         self.progress, self.stop = progress, stop
         self.rank = engine.accelerator.process_index
-        self.sampler = Sampler(fingerprint, self.optim.seed, len(corpus.train), self.optim.global_batch_size)
+        self.sampler = sampler_for(corpus.train, self.optim)
         self.fingerprint, self.checkpoint_dir = fingerprint, Path(contract.checkpoint_dir)
         early = self.optim.early_stopping
         self.early_stop = EarlyStop(early.metric, early.patience, early.min_delta) if early else None

@@ -19,9 +19,8 @@ from transformers import AutoModelForSequenceClassification
 
 from launch.config import TrainSpec
 from launch.contract import ExitCode, RankExit
-from launch.data import load_corpus
+from launch.data import load_corpus, sampler_for
 from launch.model import drawn, load_tokenizer
-from launch.sampler import Sampler
 from tests.worlds import a_contract, a_plan, a_spec, start, write_bert, write_messages
 
 STEPS = 20
@@ -72,7 +71,7 @@ def reference(spec: TrainSpec) -> Outcome:
     """The textbook loop: one process, the whole batch at once, nothing clever."""
     corpus = load_corpus(spec, load_tokenizer(spec.model))
     rows = corpus.train
-    sampler = Sampler(rows.fingerprint(), spec.train.seed, len(rows), spec.train.global_batch_size)
+    sampler = sampler_for(rows, spec.train)
     assert len(rows) % 16 == 5, "the last batch of an epoch should be odd"
     model = AutoModelForSequenceClassification.from_pretrained(
         spec.model.name_or_path,

@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from launch.config import AdapterSpec, CheckpointSpec, TrainSpec
 from launch.contract import ExitCode, NodeShare, ProgressLine, RankExit, RunContract
-from launch.data import Rows, collate, load_corpus
+from launch.data import Rows, collate, load_corpus, sampler_for
 from launch.model import load_tokenizer
-from launch.sampler import Sampler
 from tests.worlds import a_contract, a_plan, a_spec, start, write_bert, write_dialogues, write_llama, write_messages
 
 REPOSITORY = Path(__file__).parents[2]
@@ -145,7 +144,7 @@ def test_a_causal_model_trains_the_same_on_any_engine(tmp_path: Path) -> None:
 
     # The first loss is what transformers' own loss says of the same batch.
     rows = load_corpus(spec, load_tokenizer(spec.model)).train
-    first = Sampler(rows.fingerprint(), spec.train.seed, len(rows), spec.train.global_batch_size).batch(0)
+    first = sampler_for(rows, spec.train).batch(0)
     batch = collate(rows, first, 1, causal=True)
     model = AutoModelForCausalLM.from_pretrained(spec.model.name_or_path)
     stock = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.targets).loss

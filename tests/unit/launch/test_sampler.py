@@ -39,6 +39,33 @@ def test_it_goes_on_from_any_number_of_samples(rows: int, batch: int, other: int
     assert sorted(seen) == list(range(rows))
 
 
+@given(rows=st.integers(1, 400), batch=sizes, seed=st.integers(0, 5), data=st.data())
+def test_grouping_by_length_keeps_every_row_once(rows: int, batch: int, seed: int, data: st.DataObject) -> None:
+    lengths = np.array(data.draw(st.lists(st.integers(1, 50), min_size=rows, max_size=rows)))
+    sampler = Sampler("data", seed, rows, batch, lengths)
+    order = sampler.order(0)
+    assert sorted(order) == list(range(rows))
+    whole = rows // batch * batch
+    assert list(order[whole:]) == list(epoch_order("data", seed, 0, rows)[whole:])
+
+
+def test_grouping_by_length_leaves_little_padding() -> None:
+    lengths = np.random.default_rng(0).integers(1, 100, size=2000)
+
+    def padding(sampler: Sampler) -> float:
+        batches = [sampler.batch(start) for start in range(0, 2000, 16)]
+        return sum(len(batch) * lengths[batch].max() for batch in batches) / lengths.sum() - 1
+
+    assert padding(Sampler("data", 0, 2000, 16)) > 0.8
+    assert padding(Sampler("data", 0, 2000, 16, lengths)) < 0.06
+
+
+def test_grouping_by_length_does_not_begin_with_the_short_rows() -> None:
+    lengths = np.arange(800)
+    first = Sampler("data", 0, 800, 16, lengths).order(0)[:400]
+    assert 300 < lengths[first].mean() < 500
+
+
 @given(rows=st.integers(1, 60), world_size=st.integers(1, 9), micro_batch=st.integers(1, 20))
 def test_ranks_share_a_batch_without_loss_or_repetition(rows: int, world_size: int, micro_batch: int) -> None:
     batch = shuffled(1000, "rows")[:rows]
