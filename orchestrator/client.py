@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.errors import (
     ConflictError,
+    ExecutorError,
     ImpossibleGangError,
     NotFoundError,
     SpecError,
     SpecErrors,
+    StoreError,
     TuneyardError,
     UnauthorizedError,
     YardError,
@@ -23,7 +25,16 @@ from orchestrator.job.spec import AnyJob
 from orchestrator.views import AttemptView, DryRun, EventView, JobView, NodeView
 
 ERRORS: dict[str, type[TuneyardError]] = {
-    kind.code: kind for kind in (NotFoundError, ConflictError, UnauthorizedError, ImpossibleGangError, SpecError)
+    kind.code: kind
+    for kind in (
+        NotFoundError,
+        ConflictError,
+        UnauthorizedError,
+        ImpossibleGangError,
+        SpecError,
+        StoreError,
+        ExecutorError,
+    )
 }
 # Errors of these classes may have a code of their own.
 CLASSES: dict[int, type[TuneyardError]] = {
@@ -33,6 +44,7 @@ CLASSES: dict[int, type[TuneyardError]] = {
     413: SpecError,
     422: SpecError,
 }
+T = TypeVar("T")
 POLL_S = 0.3
 AWAY_S = 60.0
 
@@ -54,52 +66,48 @@ class Client:
 
     def health(self) -> dict[str, Any]:
         """`ok`, `version`, and whether that controller is the acting one."""
-        answer: dict[str, Any] = self._call("GET", "/healthz").json()
-        return answer
+        return self._ask(dict[str, Any], "GET", "/healthz")
 
     def submit(self, job: AnyJob) -> JobView:
         """Queue `job`. Raises ImpossibleGangError or SpecError; then nothing is stored."""
         body = {"job": job.model_dump(mode="json")}
-        return JobView.model_validate(self._call("POST", "/v1/jobs", json=body).json())
+        return self._ask(JobView, "POST", "/v1/jobs", json=body)
 
     def dry_run(self, job: AnyJob) -> DryRun:
         """What would happen to `job`."""
         body = {"job": job.model_dump(mode="json")}
-        return DryRun.model_validate(self._call("POST", "/v1/jobs:dry-run", json=body).json())
+        return self._ask(DryRun, "POST", "/v1/jobs:dry-run", json=body)
 
     def jobs(self, limit: int = 1000) -> list[JobView]:
         """The newest `limit` jobs in order of submission."""
-        answer = self._call("GET", "/v1/jobs", params={"limit": limit}).json()
-        return TypeAdapter(list[JobView]).validate_python(answer)
+        return self._ask(list[JobView], "GET", "/v1/jobs", params={"limit": limit})
 
     def job(self, job_id: str) -> JobView:
         """Raises NotFoundError."""
-        return JobView.model_validate(self._call("GET", f"/v1/jobs/{job_id}").json())
+        return self._ask(JobView, "GET", f"/v1/jobs/{job_id}")
 
     def attempts(self, job_id: str) -> list[AttemptView]:
         """Attempts, oldest first."""
-        answer = self._call("GET", f"/v1/jobs/{job_id}/attempts").json()
-        return TypeAdapter(list[AttemptView]).validate_python(answer)
+        return self._ask(list[AttemptView], "GET", f"/v1/jobs/{job_id}/attempts")
 
     def events(self, job_id: str, after: int = 0) -> list[EventView]:
         """Events with an id above `after`, oldest first."""
-        answer = self._call("GET", f"/v1/jobs/{job_id}/events", params={"after": after}).json()
-        return TypeAdapter(list[EventView]).validate_python(answer)
+        return self._ask(list[EventView], "GET", f"/v1/jobs/{job_id}/events", params={"after": after})
 
     def log(self, job_id: str, *, rank: int | None, attempt: int | None = None, offset: int = 0) -> tuple[bytes, int]:
         """A piece of a rank's log (the launcher's for None) and the offset to go on from; empty at the end."""
         wanted = {"rank": rank, "attempt": attempt, "offset": offset}
         params = {key: value for key, value in wanted.items() if value is not None}
         answer = self._call("GET", f"/v1/jobs/{job_id}/logs", params=params)
-        return answer.content, int(answer.headers["X-Next-Offset"])
+        return answer.content, int(answer.headers.get("X-Next-Offset", offset + len(answer.content)))
 
     def cancel(self, job_id: str) -> JobView:
         """Ask for the job's end. Raises ConflictError if it has ended already."""
-        return JobView.model_validate(self._call("POST", f"/v1/jobs/{job_id}/cancel").json())
+        return self._ask(JobView, "POST", f"/v1/jobs/{job_id}/cancel")
 
     def nodes(self) -> list[NodeView]:
         """The nodes that answer now."""
-        return TypeAdapter(list[NodeView]).validate_python(self._call("GET", "/v1/nodes").json())
+        return self._ask(list[NodeView], "GET", "/v1/nodes")
 
     def follow(self, job_id: str, timeout: float | None = None) -> Iterator[JobView]:
         """The job again and again until it is final; a yard that is away for a moment is waited for.
@@ -115,7 +123,7 @@ class Client:
                 yield view
                 if view.state.final:
                     return
-            except YardError:
+            except (YardError, StoreError, ExecutorError):
                 if time.monotonic() - last > AWAY_S:
                     raise
             if timeout is not None and time.monotonic() - start > timeout:
@@ -123,6 +131,17 @@ class Client:
                     f"job {job_id} has not ended within {timeout:g} s", code="timeout", hint="it goes on; wait again"
                 )
             time.sleep(POLL_S)
+
+    def _ask(self, kind: type[T], method: str, path: str, **arguments: Any) -> T:
+        """The answer as a `kind`."""
+        answer = self._call(method, path, **arguments)
+        try:
+            return TypeAdapter(kind).validate_json(answer.content)
+        except ValidationError as problem:
+            raise YardError(
+                f"what answers at {self.url} speaks another language: {answer.text[:80]!r}",
+                hint="is this a Tuneyard API, of this version?",
+            ) from problem
 
     def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, TypeAdapter, field_validator, model_validator
 
 from launch.config import CheckpointSpec, Section, TrainSpec, local_path, resolve_paths, validate
-from launch.document import Document
+from launch.document import Document, FieldPath, is_text
 from launch.errors import Refused, SpecError, SpecErrors
 from launch.explain import unknown_key
 
@@ -206,23 +206,28 @@ def load_job(document: Document) -> AnyJob:
         SpecErrors: every fault of the file at once.
     """
     base = (document.path or Path("job.yaml")).absolute().parent
-    training = [key for key in ("model", "data", "train") if key in document.data]
-    if "run" in document.data and training:
-        raise document.error(
-            ("run",),
-            f"a job either runs a command or trains a model; this file has both `run` and `{training[0]}`",
-            code="run-and-model",
-            hint=f"remove `run`, or remove `{'`, `'.join(training)}`",
-        )
-    if "run" in document.data:
+    if _kind(document) is CommandJob:
         job = validate(CommandJob, document)
         return job.model_copy(update={"working_dir": str(local_path(base, job.working_dir or "."))})
-    if not training:
-        raise SpecErrors(list(_nothing_to_do(document)))
     spec = validate(TrainingJob, document)
     resolved = resolve_paths(spec, base)
     assert isinstance(resolved, TrainingJob)
     return resolved
+
+
+def _kind(document: Document) -> type[TrainingJob] | type[CommandJob]:
+    """What kind of job a file describes. Raises SpecError if both or neither."""
+    training = [key for key in ("model", "data", "train") if key in document.data]
+    if "run" in document.data and training:
+        raise document.error(
+            ("run",),
+            f"a job either runs a command or trains a model; this one has both `run` and `{training[0]}`",
+            code="run-and-model",
+            hint=f"remove `run`, or remove `{'`, `'.join(training)}`",
+        )
+    if "run" not in document.data and not training:
+        raise SpecErrors(list(_nothing_to_do(document)))
+    return TrainingJob if training else CommandJob
 
 
 def _nothing_to_do(document: Document) -> Iterator[SpecError]:
@@ -247,7 +252,25 @@ def check_submission(data: dict[str, Any]) -> AnyJob:
         SpecErrors: every fault at once, each with its field.
     """
     document = Document(path=None, data=data)
-    return validate(CommandJob, document) if "run" in data else validate(TrainingJob, document)
+    for where, text in _texts(data):
+        if not is_text(text):
+            raise document.error(where, "a character that is no text", code="not-text", hint="remove it")
+    return validate(CommandJob, document) if _kind(document) is CommandJob else validate(TrainingJob, document)
+
+
+def _texts(data: dict[str, Any]) -> Iterator[tuple[FieldPath, str]]:
+    """Every text in JSON data, keys too, with the path of the nearest key that is whole."""
+    left: list[tuple[FieldPath, Any]] = [((), data)]
+    while left:
+        where, value = left.pop()
+        if isinstance(value, str):
+            yield where, value
+        elif isinstance(value, dict):
+            for key, inside in value.items():
+                yield where, key
+                left.append(((*where, key), inside))
+        elif isinstance(value, list):
+            left += [((*where, index), inside) for index, inside in enumerate(value)]
 
 
 def dump_job(job: AnyJob) -> str:

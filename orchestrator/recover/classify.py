@@ -83,4 +83,4 @@ def may_retry(outcome: Outcome, attempts: int, max_restarts: int) -> bool:
 
 def back_off(attempts: int) -> float:
     """Seconds to wait after the `attempts`-th attempt failed."""
-    return float(min(MAX_BACK_OFF_S, BACK_OFF_S * 2 ** (attempts - 1)))
+    return min(MAX_BACK_OFF_S, BACK_OFF_S * 2.0 ** min(attempts - 1, 30))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import re
 import secrets
 import string
 import time
@@ -13,6 +14,7 @@ from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 
 from launch import __version__
 from orchestrator.cluster.model import Snapshot
@@ -37,6 +39,9 @@ from orchestrator.views import AttemptView, DryRun, EventView, JobView, NodeView
 
 MAX_BODY = 1 << 20
 MAX_LOG = 1 << 20
+MAX_OFFSET = 1 << 40
+MAX_EVENT = (1 << 63) - 1
+JOB_ID = re.compile(r"[a-z0-9-]{1,80}")
 STATUS: dict[type[TuneyardError], int] = {
     NotFoundError: 404,
     ConflictError: 409,
@@ -48,6 +53,16 @@ STATUS: dict[type[TuneyardError], int] = {
 ID_ALPHABET = string.ascii_lowercase + string.digits
 
 
+def _job_id(job_id: str) -> str:
+    """An id that a job can have. Raises NotFoundError for any other, before a database sees it."""
+    if not JOB_ID.fullmatch(job_id):
+        raise NotFoundError(f"there is no job {job_id[:80]!r}", field="job", hint="see `tuneyard ls`")
+    return job_id
+
+
+JobId = Annotated[str, Depends(_job_id)]
+
+
 class Submission(BaseModel):
     """A job, validated by whoever submits it and again here."""
 
@@ -56,7 +71,7 @@ class Submission(BaseModel):
 
 def create_app(controller: Controller, token: str) -> FastAPI:
     """The application; requests read the database, and wake the controller when they changed it."""
-    app = FastAPI(title="Tuneyard", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Tuneyard", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     store, executor = controller.store, controller.executor
 
     def authorized(request: Request) -> None:
@@ -75,7 +90,11 @@ def create_app(controller: Controller, token: str) -> FastAPI:
         if request.method == "POST" and (
             not length.isdigit() or int(length) > MAX_BODY or "transfer-encoding" in request.headers
         ):
-            error = TuneyardError(f"a request has a length, and at most {MAX_BODY} bytes", code="too-large")
+            error = TuneyardError(
+                f"a request has a length, and at most {MAX_BODY} bytes",
+                code="too-large",
+                hint="a job file names its data; it does not hold them",
+            )
             return JSONResponse({"error": error.as_dict()}, status_code=413)
         return await call_next(request)
 
@@ -89,9 +108,19 @@ def create_app(controller: Controller, token: str) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def malformed(_request: Request, problem: RequestValidationError) -> JSONResponse:
         first = problem.errors()[0]
-        field = ".".join(str(part) for part in first["loc"][1:])
-        error = TuneyardError(f"{field}: {first['msg']}", code="bad-request", field=field)
+        field = ".".join(part for part in first["loc"][1:] if isinstance(part, str)) or None
+        error = TuneyardError(
+            f"{field}: {first['msg']}" if field else first["msg"],
+            code="bad-request",
+            field=field,
+            hint='a submission is {"job": {...}} with Content-Type: application/json',
+        )
         return JSONResponse({"error": error.as_dict()}, status_code=400)
+
+    @app.exception_handler(HTTPException)
+    async def unroutable(_request: Request, problem: HTTPException) -> JSONResponse:
+        error = TuneyardError(str(problem.detail), code="bad-request", hint="see docs/architecture.md for the routes")
+        return JSONResponse({"error": error.as_dict()}, status_code=problem.status_code)
 
     @app.get("/healthz")
     def healthz() -> dict[str, Any]:
@@ -132,19 +161,19 @@ def create_app(controller: Controller, token: str) -> FastAPI:
         return [job_view(row) for row in store.jobs(limit=limit)]
 
     @guarded.get("/jobs/{job_id}")
-    def job(job_id: str) -> JobView:
+    def job(job_id: JobId) -> JobView:
         row = store.job(job_id)
         return job_view(row, store.attempts(job_id))
 
     @guarded.get("/jobs/{job_id}/attempts")
-    def attempts(job_id: str) -> list[AttemptView]:
+    def attempts(job_id: JobId) -> list[AttemptView]:
         store.job(job_id)
         return [attempt_view(row) for row in store.attempts(job_id)]
 
     @guarded.get("/jobs/{job_id}/events")
     def events(
-        job_id: str,
-        after: Annotated[int, Query(ge=0)] = 0,
+        job_id: JobId,
+        after: Annotated[int, Query(ge=0, le=MAX_EVENT)] = 0,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
     ) -> list[EventView]:
         store.job(job_id)
@@ -152,10 +181,10 @@ def create_app(controller: Controller, token: str) -> FastAPI:
 
     @guarded.get("/jobs/{job_id}/logs")
     def logs(
-        job_id: str,
+        job_id: JobId,
         attempt: Annotated[int | None, Query(ge=1)] = None,
         rank: Annotated[int | None, Query(ge=0)] = None,
-        offset: Annotated[int, Query(ge=0)] = 0,
+        offset: Annotated[int, Query(ge=0, le=MAX_OFFSET)] = 0,
         limit: Annotated[int, Query(ge=1, le=MAX_LOG)] = MAX_LOG,
     ) -> Response:
         """Bytes of a rank's log (the launcher's without `rank`) from `offset`; X-Next-Offset says where to go on."""
@@ -175,7 +204,7 @@ def create_app(controller: Controller, token: str) -> FastAPI:
         )
 
     @guarded.post("/jobs/{job_id}/cancel")
-    def cancel(job_id: str) -> JobView:
+    def cancel(job_id: JobId) -> JobView:
         row = store.request_cancel(job_id, time.time())
         controller.wake.set()
         return job_view(row)

@@ -1,0 +1,76 @@
+"""The API over a real controller, executor and database, in this process; and over a real socket."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from launch.attempt import ENV_RUN_ID
+from orchestrator.client import Client
+from orchestrator.control.loop import Controller
+from orchestrator.execute.local import LocalExecutor, free_port
+from orchestrator.execute.processes import end_all
+from orchestrator.serve.api import create_app
+from orchestrator.settings import Settings
+from orchestrator.store.store import Store
+
+TOKEN = "a-token-of-the-tests"
+SLOTS = 4
+START_S = 60.0
+
+
+@contextmanager
+def a_controller(home: Path, slots: int = SLOTS) -> Iterator[Controller]:
+    """A controller that ticks when the test says so; processes that its attempts leave are ended by their run ids."""
+    store = Store(f"sqlite:///{home / 'yard.db'}")
+    store.prepare()
+    controller = Controller(store, LocalExecutor(slots), Settings(home=home, tick=0.05, leash=10))
+    try:
+        yield controller
+    finally:
+        for job in store.jobs(limit=10_000):
+            for attempt in store.attempts(job.id):
+                assert end_all(ENV_RUN_ID, attempt.run.run_id) == []
+        controller.close()
+        store.close()
+
+
+def finish(controller: Controller, job_id: str, seconds: float = 120.0) -> None:
+    """Tick until the job is final."""
+    deadline = time.monotonic() + seconds
+    while not controller.store.job(job_id).state.final:
+        assert time.monotonic() < deadline, controller.store.job(job_id)
+        controller.step()
+        controller.wait()
+
+
+@contextmanager
+def listening(controller: Controller, port: int | None = None, token: str = TOKEN) -> Iterator[str]:
+    """The API on a socket of its own, served by a thread; yields its address."""
+    port = port or free_port()
+    config = uvicorn.Config(
+        create_app(controller, token), host="127.0.0.1", port=port, log_level="critical", access_log=False
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + START_S
+    while not server.started:
+        assert thread.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=START_S)
+        assert not thread.is_alive()
+
+
+def a_client(url: str, token: str = TOKEN) -> Client:
+    return Client(url, token, timeout=30)

@@ -1,0 +1,459 @@
+"""The REST API: nothing without the token, every refusal typed, nothing stored that was refused."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from launch.contract import AttemptFiles
+from orchestrator.control.loop import Controller
+from orchestrator.errors import ExecutorError
+from orchestrator.execute.local import log_path
+from orchestrator.job.lifecycle import JobState
+from orchestrator.serve import api
+from tests.served import SLOTS, TOKEN, a_controller, finish
+
+AUTH = {"Authorization": f"Bearer {TOKEN}"}
+JSON = {"Content-Type": "application/json"}
+JOB = {"name": "job", "run": ["true"]}
+TRAINING = {
+    "name": "train",
+    "model": {"name_or_path": "org/model", "task": "sequence-classification"},
+    "data": {"train": ["a.csv"]},
+    "train": {"max_steps": 1},
+}
+SAY = "import os, sys; print('héllo from', os.environ['RANK'], flush=True); print('x' * 5000)"
+
+
+@pytest.fixture
+def controller(tmp_path: Path) -> Iterator[Controller]:
+    with a_controller(tmp_path) as controller:
+        yield controller
+
+
+@pytest.fixture
+def http(controller: Controller) -> Iterator[TestClient]:
+    with TestClient(api.create_app(controller, TOKEN), headers=AUTH, raise_server_exceptions=False) as client:
+        yield client
+
+
+def submit(http: TestClient, **keys: Any) -> Any:
+    return http.post("/v1/jobs", json={"job": JOB | keys})
+
+
+def typed(answer: Any, status: int, code: str, field: str | None = None) -> dict[str, Any]:
+    """The error of an answer, once it is of the right kind."""
+    assert answer.status_code == status, answer.text
+    error: dict[str, Any] = answer.json()["error"]
+    assert (error["code"], error["field"]) == (code, field), error
+    assert error["message"]
+    return error
+
+
+ROUTES = [
+    (method.upper(), path.replace("{job_id}", "job-1"))
+    for path, methods in api.create_app(cast(Controller, SimpleNamespace(store=None, executor=None)), TOKEN)
+    .openapi()["paths"]
+    .items()
+    for method in methods
+]
+
+
+def test_the_routes_are_found() -> None:
+    paths = {path for _, path in ROUTES}
+    assert {"/healthz", "/v1/jobs", "/v1/jobs/job-1/logs", "/v1/nodes"} <= paths
+    assert len(ROUTES) == 10
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json"])
+def test_the_api_describes_itself_to_nobody(http: TestClient, path: str) -> None:
+    typed(http.get(path), 404, "bad-request")
+
+
+@pytest.mark.parametrize("route", [route for route in ROUTES if route[1] != "/healthz"], ids=" ".join)
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        f"Bearer {TOKEN}x",
+        f"Bearer {TOKEN[:-1]}",
+        f"Basic {TOKEN}",
+        TOKEN,
+        f"Bearer {TOKEN.upper()}",
+        "Bearer \xe9",
+    ],
+)
+def test_no_route_answers_without_the_token(http: TestClient, route: tuple[str, str], header: str | None) -> None:
+    http.headers.pop("Authorization")
+    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+    answer = http.request(*route, headers=headers, json={"job": JOB} if route[0] == "POST" else None)
+    error = typed(answer, 401, "unauthorized")
+    assert "Authorization: Bearer TOKEN" in error["hint"]
+    assert TOKEN not in answer.text
+
+
+def test_a_wrong_token_stores_nothing(http: TestClient, controller: Controller) -> None:
+    http.headers["Authorization"] = "Bearer wrong"
+    assert submit(http).status_code == 401
+    assert controller.store.jobs() == []
+
+
+def test_tokens_are_compared_in_constant_time(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+    original = hmac.compare_digest
+
+    def spy(one: bytes, two: bytes) -> bool:
+        compared.append((one, two))
+        return original(one, two)
+
+    monkeypatch.setattr(api.hmac, "compare_digest", spy)  # the same function, seen
+    http.headers["Authorization"] = "Bearer guess"
+    assert http.get("/v1/jobs").status_code == 401
+    assert compared == [(b"guess", TOKEN.encode())]
+
+
+def test_health_needs_no_token_and_tells_nothing_of_jobs(http: TestClient, controller: Controller) -> None:
+    http.headers.pop("Authorization")
+    assert http.get("/healthz").json() == {"ok": True, "version": api.__version__, "acting": False}
+    controller.step()
+    assert http.get("/healthz").json()["acting"] is True
+
+
+def test_submitting_queues_a_job_and_wakes_the_controller(http: TestClient, controller: Controller) -> None:
+    answer = submit(http)
+    assert answer.status_code == 201
+    view = answer.json()
+    assert view["id"].startswith("job-")
+    assert (view["state"], view["attempts"]) == ("queued", 0)
+    assert controller.wake.is_set()
+    assert [row.id for row in controller.store.jobs()] == [view["id"]]
+    assert http.get(f"/v1/jobs/{view['id']}").json()["reason"]["code"] == "submitted"
+    assert [job["id"] for job in http.get("/v1/jobs").json()] == [view["id"]]
+
+
+BODIES = [
+    (b"", 400, "bad-request", None),
+    (b"{", 400, "bad-request", None),
+    (b"[]", 400, "bad-request", None),
+    (b"{}", 400, "bad-request", "job"),
+    (b'{"job": []}', 400, "bad-request", "job"),
+    (b'{"job": ' + b"[" * 100_000, 400, "bad-request", None),
+    (b'{"job": {"name": ' + b"1" * 5000 + b"}}", 400, "bad-request", None),
+    (b"\xff\xfe", 400, "bad-request", None),
+    (b'{"job": {}}', 422, "nothing-to-do", None),
+    (b'{"job": {"run": ["true"]}}', 422, "missing-key", "name"),
+    (b'{"job": {"name": "x", "run": "true"}}', 422, "wrong-type", "run"),
+    (b'{"job": {"name": "x", "run": []}}', 422, "out-of-range", "run"),
+    (b'{"job": {"name": "X", "run": ["true"]}}', 422, "bad-name", "name"),
+    (b'{"job": {"name": "../x", "run": ["true"]}}', 422, "bad-name", "name"),
+    (b'{"job": {"name": "x", "run": ["a\\u0000"]}}', 422, "not-text", "run[0]"),
+    (b'{"job": {"name": "x", "run": ["\\ud800"]}}', 422, "not-text", "run[0]"),
+    (b'{"job": {"name": "x", "run": ["a"], "env": {"A\\u0000": "b"}}}', 422, "not-text", "env"),
+    (b'{"job": {"name": "x", "run": ["a"], "max_duration": Infinity}}', 422, "wrong-type", "max_duration"),
+    (b'{"job": {"name": "x", "run": ["a"], "max_duration": NaN}}', 422, "wrong-type", "max_duration"),
+    (b'{"job": {"name": "x", "run": ["a"], "model": {}}}', 422, "run-and-model", "run"),
+    (b'{"job": {"name": "x", "run": ["a"], "env": {"API_KEY": "v"}}}', 422, "secret-by-value", "env.API_KEY"),
+    (b'{"job": {"name": "x", "run": ["a"], "resources": {"num_processes": 64}}}',
+     422, "impossible-gang", "resources.num_processes"),
+    (b'{"job": {"name": "x", "run": ["a"], "resources": {"accelerator": "H100"}}}',
+     422, "impossible-gang", "resources.accelerator"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/jobs:dry-run"])
+@pytest.mark.parametrize(("body", "status", "code", "field"), BODIES, ids=[str(body[0][:50]) for body in BODIES])
+def test_a_bad_body_is_a_typed_error_and_stores_nothing(
+    http: TestClient, controller: Controller, path: str, body: bytes, status: int, code: str, field: str | None
+) -> None:
+    answer = http.post(path, content=body, headers=JSON)
+    typed(answer, status, code, field)
+    assert controller.store.jobs() == []
+
+
+def test_all_faults_of_a_job_come_back(http: TestClient) -> None:
+    answer = submit(http, name="Not A Name", colour="red", retry={"max_restarts": -1})
+    assert answer.status_code == 422
+    assert {error["field"] for error in answer.json()["errors"]} == {"name", "colour", "retry.max_restarts"}
+
+
+def test_a_body_too_large_is_refused_before_it_is_read(http: TestClient, controller: Controller) -> None:
+    body = json.dumps({"job": JOB | {"run": ["x" * api.MAX_BODY]}})
+    typed(http.post("/v1/jobs", content=body), 413, "too-large")
+    typed(http.post("/v1/jobs", content=b"{}", headers={"Content-Length": "many"}), 413, "too-large")
+    typed(http.post("/v1/jobs", content=iter([b"{}"])), 413, "too-large")  # chunked: no length is given
+    assert controller.store.jobs() == []
+
+
+@pytest.mark.parametrize("path", ["", "/attempts", "/events", "/logs"])
+def test_an_unknown_job_is_not_found(http: TestClient, path: str) -> None:
+    typed(http.get(f"/v1/jobs/none-such{path}"), 404, "not-found", "job")
+
+
+def test_cancelling_an_unknown_job(http: TestClient) -> None:
+    typed(http.post("/v1/jobs/none-such/cancel"), 404, "not-found", "job")
+
+
+def test_an_unknown_route_is_typed_too(http: TestClient) -> None:
+    typed(http.get("/v2/jobs"), 404, "bad-request")
+    typed(http.delete("/v1/jobs"), 405, "bad-request")
+
+
+@pytest.mark.parametrize(
+    "job_id", ["..", "../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%00", "a%00b", "JOB", "a" * 5000, "%ff", "' OR 1=1"]
+)
+@pytest.mark.parametrize("path", ["", "/logs", "/attempts", "/events"])
+def test_ids_reach_no_file(http: TestClient, job_id: str, path: str) -> None:
+    answer = http.get(f"/v1/jobs/{job_id}{path}")
+    assert answer.status_code == 404
+    assert "root:" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "events?after=-1", f"events?after={2**70}", "events?limit=0", "events?limit=99999", "events?after=x",
+        "logs?offset=-1", f"logs?offset={2**70}", "logs?limit=0", f"logs?limit={2**30}", "logs?rank=-1",
+        "logs?attempt=0",
+    ],
+)  # fmt: skip
+def test_numbers_out_of_bounds_are_bad_requests(http: TestClient, query: str) -> None:
+    job = submit(http).json()["id"]
+    field = query.partition("?")[2].partition("=")[0]
+    typed(http.get(f"/v1/jobs/{job}/{query}"), 400, "bad-request", field)
+
+
+def test_cancelling_twice_is_once_and_an_ended_job_cannot_be(http: TestClient, controller: Controller) -> None:
+    job = submit(http).json()["id"]
+    for _ in range(2):
+        assert http.post(f"/v1/jobs/{job}/cancel").status_code == 200
+    kinds = [event["kind"] for event in http.get(f"/v1/jobs/{job}/events").json()]
+    assert kinds.count("cancel-requested") == 1
+    controller.step()
+    assert http.get(f"/v1/jobs/{job}").json()["state"] == "cancelled"
+    assert http.post(f"/v1/jobs/{job}/cancel").json()["state"] == "cancelled"
+    assert http.get(f"/v1/jobs/{job}/logs").status_code == 404  # it never had an attempt
+
+
+def test_a_dry_run_stores_nothing_and_says_where_and_how(http: TestClient, controller: Controller) -> None:
+    answer = http.post("/v1/jobs:dry-run", json={"job": TRAINING | {"resources": {"num_processes": "2..8"}}})
+    assert answer.status_code == 200
+    told = answer.json()
+    assert told["plan"]["world_size"] == SLOTS
+    assert [share["processes"] for share in told["placement"]["shares"]] == [SLOTS]
+    assert told["waits"] is None
+    assert controller.store.jobs() == []
+
+
+def test_a_dry_run_of_what_would_wait_says_so(http: TestClient, controller: Controller) -> None:
+    sleeper = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    submit(http, run=sleeper, resources={"num_processes": SLOTS})
+    controller.step()
+    assert http.get("/v1/nodes").json()[0]["free"] == 0
+    told = http.post("/v1/jobs:dry-run", json={"job": TRAINING}).json()
+    assert told["placement"] is None
+    assert "wait" in told["waits"]
+    assert told["plan"]["world_size"] == 1
+
+
+def test_nodes(http: TestClient) -> None:
+    (node,) = http.get("/v1/nodes").json()
+    assert (node["id"], node["free"], node["cpu_slots"]) == ("local", SLOTS, SLOTS)
+
+
+def test_a_cluster_that_cannot_be_asked_is_no_500(
+    http: TestClient, controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away() -> None:
+        raise ExecutorError("the cluster does not answer")
+
+    monkeypatch.setattr(controller.executor, "nodes", away)
+    typed(http.get("/v1/nodes"), 503, "executor")
+    typed(submit(http), 503, "executor")
+    assert controller.store.jobs() == []
+
+
+def test_a_database_that_is_away_is_no_500(http: TestClient, controller: Controller, tmp_path: Path) -> None:
+    controller.store.close()
+    (tmp_path / "yard.db").rename(tmp_path / "away.db")
+    (tmp_path / "yard.db").mkdir()
+    try:
+        typed(http.get("/v1/jobs"), 503, "database")
+        typed(submit(http), 503, "database")
+    finally:
+        controller.store.close()
+        (tmp_path / "yard.db").rmdir()
+        (tmp_path / "away.db").rename(tmp_path / "yard.db")
+    assert http.get("/v1/jobs").json() == []
+
+
+# What a real attempt left behind.
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Controller, TestClient, str]]:
+    """A job of two ranks that has run to its end."""
+    with (
+        a_controller(tmp_path_factory.mktemp("yard")) as controller,
+        TestClient(api.create_app(controller, TOKEN), headers=AUTH, raise_server_exceptions=False) as client,
+    ):
+        keys = {"run": [sys.executable, "-c", SAY], "resources": {"num_processes": 2}}
+        job = submit(client, **keys).json()["id"]
+        finish(controller, job)
+        yield controller, client, job
+
+
+def test_the_job_succeeded(ended: tuple[Controller, TestClient, str]) -> None:
+    controller, http, job = ended
+    assert controller.store.job(job).state == JobState.SUCCEEDED
+    view = http.get(f"/v1/jobs/{job}").json()
+    assert (view["attempts"], view["plan"]["world_size"]) == (1, 2)
+    typed(http.post(f"/v1/jobs/{job}/cancel"), 409, "conflict")
+    (attempt,) = http.get(f"/v1/jobs/{job}/attempts").json()
+    assert (attempt["state"], attempt["outcome"]) == ("ended", "succeeded")
+    assert "accelerate-0.yaml" in attempt["launch"]
+
+
+@pytest.mark.parametrize("limit", [1, 7, 1000, api.MAX_LOG])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_log_is_paged_without_loss(ended: tuple[Controller, TestClient, str], rank: int, limit: int) -> None:
+    controller, http, job = ended
+    (attempt,) = controller.store.attempts(job)
+    whole = log_path(attempt.run, rank).read_bytes()
+    assert f"héllo from {rank}\n".encode() in whole
+    told, offset = b"", 0 if limit > 100 else len(whole) - 50  # one byte at a time: the end of it
+    start = offset
+    while True:
+        answer = http.get(f"/v1/jobs/{job}/logs", params={"rank": rank, "offset": offset, "limit": limit})
+        assert answer.status_code == 200
+        assert len(answer.content) <= limit
+        assert int(answer.headers["X-Next-Offset"]) == offset + len(answer.content)
+        if not answer.content:
+            break
+        told += answer.content
+        offset += len(answer.content)
+    assert told == whole[start:]
+
+
+def test_a_log_of_what_does_not_exist(ended: tuple[Controller, TestClient, str]) -> None:
+    _, http, job = ended
+    error = typed(http.get(f"/v1/jobs/{job}/logs", params={"rank": 2}), 404, "not-found", "rank")
+    assert "ranks 0 to 1" in error["message"]
+    typed(http.get(f"/v1/jobs/{job}/logs", params={"attempt": 2}), 404, "not-found", "attempt")
+    assert http.get(f"/v1/jobs/{job}/logs", params={"rank": 0, "offset": 1 << 40}).content == b""
+
+
+def test_events_go_on_after_an_id(ended: tuple[Controller, TestClient, str]) -> None:
+    _, http, job = ended
+    events = http.get(f"/v1/jobs/{job}/events").json()
+    ids = [event["id"] for event in events]
+    assert ids == sorted(ids)
+    assert events[0]["kind"] == "submitted"
+    assert events[-1]["kind"] == "job-succeeded"
+    for index, event in enumerate(events):
+        later = http.get(f"/v1/jobs/{job}/events", params={"after": event["id"]}).json()
+        assert later == events[index + 1 :]
+    assert http.get(f"/v1/jobs/{job}/events", params={"limit": 2}).json() == events[:2]
+
+
+def test_a_deleted_run_directory_is_an_empty_log(ended: tuple[Controller, TestClient, str], tmp_path: Path) -> None:
+    controller, http, job = ended
+    (attempt,) = controller.store.attempts(job)
+    folder = AttemptFiles(attempt.run.run_dir).run_dir
+    folder.rename(tmp_path / "moved")
+    try:
+        assert http.get(f"/v1/jobs/{job}/logs", params={"rank": 0}).content == b""
+    finally:
+        (tmp_path / "moved").rename(folder)
+
+
+# Whatever is sent, the answer is typed, and what was refused is not stored.
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+values = st.recursive(
+    scalars,
+    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=10), inside, max_size=3),
+    max_leaves=8,
+)
+KEYS = [
+    "name", "run", "env", "queue", "priority", "resources", "retry", "max_duration", "strategy", "working_dir",
+    "checkpoint", "model", "data", "train", "adapter", "offload", "trackers", "output_dir", "extra",
+]  # fmt: skip
+SECTIONS = {
+    "resources": ["num_processes", "accelerator"], "retry": ["max_restarts"], "checkpoint": ["every_steps"],
+    "model": ["name_or_path", "task", "dropout"], "data": ["train", "split", "max_length", "test"],
+    "train": ["max_steps", "epochs", "learning_rate", "global_batch_size", "early_stopping", "seed"],
+    "adapter": ["r", "target_modules"], "env": ["A", "HF_TOKEN", "TUNEYARD_X"],
+}  # fmt: skip
+sensible = st.sampled_from(
+    ["job", "true", "2..4", "1..99", "2h", "high", "auto", "zero2", "a.csv", 1, 2, 64, 0.1, ["true"]]
+)
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> dict[str, Any]:
+    """A good job with some of its keys put right, wrong, or out."""
+    job: dict[str, Any] = dict(draw(st.sampled_from([JOB, TRAINING, {}])))
+    for key in draw(st.lists(st.sampled_from(KEYS), max_size=4)):
+        if key in SECTIONS and draw(st.booleans()):
+            inside = dict(job[key]) if isinstance(job.get(key), dict) else {}
+            inside[draw(st.sampled_from(SECTIONS[key]))] = draw(sensible | values)
+            job[key] = inside
+        elif draw(st.booleans()):
+            job[key] = draw(sensible | values)
+        else:
+            job.pop(key, None)
+    return job
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Controller, TestClient]]:
+    with (
+        a_controller(tmp_path_factory.mktemp("fuzzed")) as controller,
+        TestClient(api.create_app(controller, TOKEN), headers=AUTH) as client,
+    ):
+        yield controller, client
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(job=jobs())
+def test_no_job_body_is_a_500(target: tuple[Controller, TestClient], job: dict[str, Any]) -> None:
+    controller, http = target
+    before = len(controller.store.jobs(limit=10_000))
+    body = json.dumps({"job": job})
+    dry = http.post("/v1/jobs:dry-run", content=body, headers=JSON)
+    answer = http.post("/v1/jobs", content=body, headers=JSON)
+    stored = len(controller.store.jobs(limit=10_000)) - before
+    assert (answer.status_code, stored) in ((201, 1), (422, 0)), answer.text
+    assert (dry.status_code == 200) == (answer.status_code == 201)
+    if stored:
+        view = http.get(f"/v1/jobs/{answer.json()['id']}")
+        assert view.status_code == 200
+    else:
+        for error in answer.json()["errors"]:
+            assert error["code"]
+            assert error["message"]
+            assert error["hint"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=st.binary(max_size=200) | values.map(lambda value: json.dumps(value).encode()))
+def test_no_body_at_all_is_a_500(target: tuple[Controller, TestClient], body: bytes) -> None:
+    controller, http = target
+    before = len(controller.store.jobs(limit=10_000))
+    answer = http.post("/v1/jobs", content=body, headers=JSON)
+    assert answer.status_code in (400, 422)
+    assert answer.json()["error"]["code"]
+    assert len(controller.store.jobs(limit=10_000)) == before

@@ -1,0 +1,224 @@
+"""The client against a real server: errors arrive as what they were, and a short outage is waited for."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from orchestrator import client as module
+from orchestrator.client import Client
+from orchestrator.control.loop import Controller
+from orchestrator.errors import (
+    ConflictError,
+    ExecutorError,
+    ImpossibleGangError,
+    NotFoundError,
+    SpecError,
+    SpecErrors,
+    StoreError,
+    TuneyardError,
+    UnauthorizedError,
+    YardError,
+)
+from orchestrator.execute.local import free_port
+from orchestrator.job.lifecycle import JobState
+from orchestrator.job.spec import CommandJob
+from tests.builders import a_command_job, a_training_job
+from tests.served import SLOTS, TOKEN, a_client, a_controller, listening
+
+
+@pytest.fixture
+def controller(tmp_path: Path) -> Iterator[Controller]:
+    with a_controller(tmp_path) as controller:
+        yield controller
+
+
+@pytest.fixture
+def client(controller: Controller) -> Iterator[Client]:
+    with listening(controller) as url, a_client(url) as client:
+        yield client
+
+
+def test_health(client: Client) -> None:
+    assert client.health()["ok"] is True
+
+
+@pytest.mark.parametrize("job", [a_command_job(2, env={"A": "b", "K": {"from_env": "K"}}), a_training_job(2)])
+def test_a_job_arrives_as_it_was_sent(client: Client, controller: Controller, job: CommandJob) -> None:
+    view = client.submit(job)
+    assert controller.store.job(view.id).job == job
+    assert client.job(view.id).id == view.id
+    assert [one.id for one in client.jobs()] == [view.id]
+    assert [event.kind for event in client.events(view.id)] == ["submitted"]
+    assert client.attempts(view.id) == []
+    assert [node.cpu_slots for node in client.nodes()] == [SLOTS]
+
+
+def refused(kind: type[TuneyardError], call: Callable[[], object]) -> TuneyardError:
+    with pytest.raises(TuneyardError) as caught:
+        call()
+    assert type(caught.value) is kind
+    assert caught.value.hint
+    return caught.value
+
+
+def test_an_impossible_gang_is_one_here_too(client: Client, controller: Controller) -> None:
+    problem = refused(ImpossibleGangError, lambda: client.submit(a_command_job(64)))
+    assert (problem.code, problem.field) == ("impossible-gang", "resources.num_processes")
+    refused(ImpossibleGangError, lambda: client.dry_run(a_command_job(64)))
+    assert controller.store.jobs() == []
+
+
+def test_an_unknown_job_is_not_found(client: Client) -> None:
+    problem = refused(NotFoundError, lambda: client.job("none-such"))
+    assert problem.field == "job"
+    refused(NotFoundError, lambda: client.log("none-such", rank=0))
+
+
+def test_an_ended_job_cannot_be_cancelled(client: Client, controller: Controller) -> None:
+    view = client.submit(a_command_job())
+    lease = controller.store.acquire_lease("test", time.time(), 60)
+    assert lease is not None
+    with controller.store.acting(lease) as write:
+        write.set_job(view.id, JobState.FAILED, view.reason, 1.0)
+    refused(ConflictError, lambda: client.cancel(view.id))
+
+
+def test_a_wrong_token_is_unauthorized(client: Client) -> None:
+    with a_client(client.url, token=f"{TOKEN}x") as stranger:
+        refused(UnauthorizedError, stranger.jobs)
+        with pytest.raises(UnauthorizedError):  # no use in waiting
+            list(stranger.follow("job-1"))
+
+
+def test_faults_of_a_job_come_back_each(client: Client) -> None:
+    job = a_command_job().model_copy(update={"name": "Not A Name", "queue": "../q"})
+    with pytest.raises(SpecErrors) as caught:
+        client.submit(job)
+    assert [(one.code, one.field) for one in caught.value.errors] == [("bad-name", "name"), ("bad-name", "queue")]
+    problem = refused(SpecError, lambda: client.submit(a_command_job().model_copy(update={"priority": 5000})))
+    assert (problem.code, problem.field) == ("out-of-range", "priority")
+
+
+def test_a_job_too_large_is_the_jobs_fault(client: Client) -> None:
+    problem = refused(SpecError, lambda: client.submit(a_command_job(run=["x" * (1 << 20)])))
+    assert problem.code == "too-large"
+
+
+@pytest.mark.parametrize("kind", [StoreError, ExecutorError])
+def test_trouble_behind_the_api_keeps_its_name(
+    client: Client, controller: Controller, monkeypatch: pytest.MonkeyPatch, kind: type[TuneyardError]
+) -> None:
+    def trouble() -> None:
+        raise kind("it is away", hint="wait")
+
+    monkeypatch.setattr(controller.executor, "nodes", trouble)
+    assert refused(kind, client.nodes).message == "it is away"
+
+
+def test_a_dead_yard_does_not_answer() -> None:
+    with a_client(f"http://127.0.0.1:{free_port()}") as client:
+        problem = refused(YardError, client.jobs)
+        assert problem.code == "yard-unreachable"
+        assert "tuneyard up" in (problem.hint or "")
+
+
+@contextmanager
+def stranger(status: int, body: bytes) -> Iterator[str]:
+    """Something else that listens where a yard is expected."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (404, b"<html>no</html>"),
+        (500, b""),
+        (502, b'{"error": "text"}'),
+        (500, b"[]"),
+        (500, b'{"errors": [{"x": 1}]}'),
+        (200, b"<html>hello</html>"),
+        (200, b'{"not": "a list"}'),
+    ],
+)
+def test_something_else_at_that_address_is_told_as_that(status: int, body: bytes) -> None:
+    with stranger(status, body) as url, a_client(url) as client:
+        problem = refused(YardError, client.jobs)
+        assert "Tuneyard" in (problem.hint or "")
+
+
+def test_following_survives_an_outage(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_S", 0.02)
+    port = free_port()
+    with a_client(f"http://127.0.0.1:{port}") as client:
+        with listening(controller, port):
+            job = client.submit(a_command_job()).id
+            views = client.follow(job)
+            assert next(views).state == JobState.QUEUED
+        refused(YardError, lambda: client.job(job))  # away
+
+        def return_after_failures() -> None:
+            with listening(controller, port):
+                controller.store.request_cancel(job, 1.0)
+                controller.step()
+                back.wait(60)
+
+        back = threading.Event()
+        failures = 0
+        real = client.job
+
+        def count(job_id: str) -> object:
+            nonlocal failures
+            try:
+                return real(job_id)
+            except YardError:
+                failures += 1
+                if failures == 3:
+                    thread.start()
+                raise
+
+        monkeypatch.setattr(client, "job", count)
+        thread = threading.Thread(target=return_after_failures, daemon=True)
+        *_, last = views
+        back.set()
+        thread.join(60)
+        assert not thread.is_alive()
+        assert failures >= 3
+        assert last.state == JobState.CANCELLED
+
+
+def test_following_gives_a_yard_up_that_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_S", 0.001)
+    monkeypatch.setattr(module, "AWAY_S", 0.05)
+    with a_client(f"http://127.0.0.1:{free_port()}") as client, pytest.raises(YardError, match="does not answer"):
+        list(client.follow("job-1"))
+
+
+def test_following_ends_after_its_timeout(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_S", 0.001)
+    job = client.submit(a_command_job()).id
+    with pytest.raises(YardError) as caught:
+        list(client.follow(job, timeout=0.0))
+    assert caught.value.code == "timeout"
