@@ -88,7 +88,11 @@ def last_traceback(log: Path) -> str | None:
 
 def _start(contract: RunContract, files: AttemptFiles, rank: int) -> subprocess.Popen[bytes]:
     assert contract.command is not None
+    # The launcher sets these for a gang alone; a script need not care whether it is one.
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": contract.main_address}
+    alone["MASTER_PORT"] = str(contract.main_port)
     environment = {
+        **alone,
         **os.environ,
         ENV_CHECKPOINT_DIR: contract.checkpoint_dir,
         ENV_OUTPUT_DIR: contract.output_dir,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launch.attempt import write_atomically
 from orchestrator.client import Client
@@ -68,11 +68,22 @@ class YardRecord(BaseModel):
 
 
 def read_yard(settings: Settings) -> YardRecord | None:
-    """The yard of this home, up or not; None if there never was one."""
+    """The yard of this home, up or not; None if there never was one.
+
+    Raises:
+        YardError: its record cannot be read.
+    """
+    path = settings.root / FILE
     try:
-        return YardRecord.model_validate_json((settings.root / FILE).read_bytes())
-    except FileNotFoundError:
+        return YardRecord.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (OSError, ValidationError) as problem:
+        raise YardError(
+            f"the yard's record {path} cannot be read",
+            code="yard-record",
+            hint="end the yard's processes, remove the file, then `tuneyard up`",
+        ) from problem
 
 
 def connect(settings: Settings, url: str | None = None) -> Client:

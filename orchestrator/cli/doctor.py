@@ -151,20 +151,26 @@ def _database(settings: Settings) -> Finding:
     from orchestrator.errors import StoreError
     from orchestrator.store.store import Store
 
-    shown = make_url(settings.url).render_as_string(hide_password=True)
     if settings.database_url is None:
-        return Finding("database", "ok", shown)  # made when it is needed
+        return Finding("database", "ok", make_url(settings.url).render_as_string())  # made when it is needed
     try:
-        Store(settings.url).prepare()
+        store = Store(settings.url)
+        store.prepare()
     except StoreError as problem:
         return Finding("database", "fail", problem.message, problem.hint)
+    shown = store.engine.url.render_as_string(hide_password=True)
+    store.close()
     return Finding("database", "ok", shown)
 
 
 def _yard(settings: Settings) -> Finding:
+    from orchestrator.errors import YardError
     from orchestrator.yard import is_up, read_yard
 
-    record = read_yard(settings)
+    try:
+        record = read_yard(settings)
+    except YardError as problem:
+        return Finding("yard", "fail", problem.message, problem.hint)
     if record is None:
         return Finding("yard", "ok", "none in this home; `tuneyard up` starts one")
     if not is_up(settings, record):

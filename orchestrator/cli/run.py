@@ -6,6 +6,7 @@ import secrets
 import signal
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -14,15 +15,14 @@ from orchestrator.cli.output import Format, Output, err, job_json, print_json
 from orchestrator.cli.progress import follow, summary
 from orchestrator.cli.status import of_job
 from orchestrator.cluster.model import Snapshot
-from orchestrator.control.loop import Controller
-from orchestrator.control.reconcile import waiting
-from orchestrator.execute.local import LocalExecutor
 from orchestrator.job.spec import AnyJob
 from orchestrator.schedule.decide import check_possible
-from orchestrator.serve.views import job_view
 from orchestrator.settings import Settings
-from orchestrator.store.store import Store
 from orchestrator.views import JobView
+
+if TYPE_CHECKING:
+    from orchestrator.control.loop import Controller
+    from orchestrator.execute.local import LocalExecutor
 
 
 def run(
@@ -36,6 +36,10 @@ def run(
     Needs no yard and no Ray: the controller lives in this process and ends the job with it. Ctrl-C asks the ranks
     to stop at their next step; a second one ends them at once.
     """
+    # Imported late: the other verbs need neither database nor executor.
+    from orchestrator.control.reconcile import waiting
+    from orchestrator.execute.local import LocalExecutor
+
     job, document = read_job(file, set_)
     settings = Settings()
     executor = LocalExecutor(settings.cpu_slots, owned=True)
@@ -51,6 +55,10 @@ def run(
 
 def _run(job: AnyJob, settings: Settings, executor: LocalExecutor) -> Iterator[JobView]:
     """The job after every look at it, until it is final."""
+    from orchestrator.control.loop import Controller
+    from orchestrator.serve.views import job_view
+    from orchestrator.store.store import Store
+
     job_id = f"{job.name}-{secrets.token_hex(3)}"
     # A database of its own: other runs and a yard on this machine are none of its business.
     settings = settings.model_copy(update={"home": settings.root / "runs" / job_id, "database_url": None})
@@ -62,8 +70,7 @@ def _run(job: AnyJob, settings: Settings, executor: LocalExecutor) -> Iterator[J
 
     def on_interrupt(_signum: int, _frame: object) -> None:
         nonlocal interrupts
-        interrupts += 1
-        controller.wake.set()
+        interrupts += 1  # nothing more: waking the controller takes a lock that this very thread may hold
 
     before = signal.signal(signal.SIGINT, on_interrupt)
     signal.signal(signal.SIGTERM, on_interrupt)

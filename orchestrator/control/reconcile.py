@@ -86,6 +86,13 @@ def _attempt(
     if status.ended:
         yield _end(job, attempt, judge(status.exits, attempt.plan.world_size), status, now)
         return
+    # Before any stop: a stopping attempt cannot become a running one, and both may be due in one tick.
+    runs = status.reachable and (
+        (attempt.state == AttemptState.STARTING and status.begun)
+        or (attempt.state == AttemptState.LOST and attempt.stop is None)
+    )
+    if runs:
+        yield MarkRunning(*key)
     if attempt.stop is not None:
         yield SendStopAgain(*key, attempt.stop)
     elif job.cancel_requested:
@@ -103,11 +110,7 @@ def _attempt(
     if not status.reachable:
         yield from _silent(job, attempt, facts, now, policy)
         return
-    if (attempt.state == AttemptState.STARTING and status.begun) or (
-        attempt.state == AttemptState.LOST and attempt.stop is None
-    ):
-        yield MarkRunning(*key)
-    elif attempt.state == AttemptState.STARTING and not status.claimed:
+    if not runs and attempt.state == AttemptState.STARTING and not status.claimed:
         age = now - attempt.created_at
         if age > START_TIMEOUT_S:
             yield _end(job, attempt, Verdict(Outcome.NODE_LOST, None), status, now)

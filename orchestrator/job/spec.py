@@ -46,11 +46,15 @@ def _priority(value: Any) -> Any:
     return value
 
 
-Duration = Annotated[float, Field(gt=0), BeforeValidator(_seconds, json_schema_input_type=float | str)]
+DURATION = r"^\d+(\.\d+)?\s*[smhd]$"
+Written = Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern=DURATION)]
+Duration = Annotated[float, Field(gt=0), BeforeValidator(_seconds, json_schema_input_type=Written)]
 Priority = Annotated[
     int,
     Field(ge=-1000, le=1000),
-    BeforeValidator(_priority, json_schema_input_type=int | Literal["low", "normal", "high"]),
+    BeforeValidator(
+        _priority, json_schema_input_type=Annotated[int, Field(ge=-1000, le=1000)] | Literal["low", "normal", "high"]
+    ),
 ]
 
 

@@ -53,11 +53,11 @@ def serve(settings: Settings, executor_name: str, address: str) -> None:
             create_app(controller, token), host=settings.host, port=settings.port, log_level="warning", access_log=False
         )
     )
-    ended = threading.Event()
+    ended = False
 
     def on_signal(_signum: int, _frame: object) -> None:
-        ended.set()
-        controller.wake.set()
+        nonlocal ended
+        ended = True  # nothing more: waking the controller takes a lock that this very thread may hold
 
     api = threading.Thread(target=server.run, name="api", daemon=True)
     api.start()
@@ -65,7 +65,7 @@ def serve(settings: Settings, executor_name: str, address: str) -> None:
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     try:
-        controller.run_until(lambda: ended.is_set() or not api.is_alive())
+        controller.run_until(lambda: ended or not api.is_alive())
     finally:
         controller.close()
         server.should_exit = True

@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, make_url
-from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, SQLAlchemyError
 
 from orchestrator.errors import ConflictError, LeaseLostError, NotFoundError, StoreError
 from orchestrator.job.lifecycle import JOB_TRANSITIONS, JobState, Reason, ReasonCode
@@ -219,7 +219,18 @@ def _add_event(
 
 
 def _engine(url: str) -> Engine:
-    parsed = make_url(url)
+    try:
+        parsed = make_url(url)
+        parsed.get_dialect()
+    except ArgumentError as problem:  # its text may hold the URL, and the URL a password
+        raise StoreError(
+            "TUNEYARD_DATABASE_URL is not the URL of a known kind of database",
+            code="bad-setting",
+            field="TUNEYARD_DATABASE_URL",
+            hint="write sqlite:////path/yard.db or postgresql://user:password@host/name",
+        ) from problem
+    except ModuleNotFoundError:
+        pass  # told below, with what to install
     if parsed.get_backend_name() != "sqlite":
         if parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from launch.attempt import ExitCode
 from launch.contract import ProgressLine, RankExit, RunContract, StopRequest
 from orchestrator.cluster.model import Placement, Snapshot
@@ -21,7 +23,7 @@ from orchestrator.control.actions import (
     StartAttempt,
 )
 from orchestrator.control.reconcile import Facts, Policy, State, reconcile
-from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
+from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode, check_attempt_transition
 from orchestrator.job.spec import dump_job
 from orchestrator.memory.plan import plan
 from orchestrator.recover.classify import Outcome
@@ -244,3 +246,19 @@ def test_a_node_that_answers_again_is_found() -> None:
 def test_same_input_same_actions() -> None:
     first = actions_for(a_row())
     assert first == actions_for(a_row())
+
+
+@pytest.mark.parametrize("why", ["cancelled", "too long", "a rank failed"])
+@pytest.mark.parametrize("state", [AttemptState.STARTING, AttemptState.LOST])
+def test_an_attempt_that_is_due_to_run_and_to_stop_in_one_tick_does_both_in_a_legal_order(
+    state: AttemptState, why: str
+) -> None:
+    limited = a_command_job(2, max_duration=0.5)
+    job = running(job=limited if why == "too long" else None, cancel_requested=why == "cancelled")
+    exits = (an_exit(1, ExitCode.CRASH),) if why == "a rank failed" else ()
+    actions = actions_for(job, an_attempt(state), a_report(0, exits=exits), a_report(1))
+    kinds = [type(action) for action in actions if isinstance(action, MarkRunning | SendStop)]
+    assert kinds == [MarkRunning, SendStop]
+    for new in (AttemptState.RUNNING, AttemptState.STOPPING):
+        check_attempt_transition("job-1", 1, state, new)
+        state = new
