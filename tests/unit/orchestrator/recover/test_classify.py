@@ -1,0 +1,67 @@
+"""What an ended attempt means."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.attempt import ExitCode
+from orchestrator.recover.classify import (
+    BACK_OFF_S,
+    MAX_BACK_OFF_S,
+    OUTCOMES,
+    RETRIED,
+    Outcome,
+    back_off,
+    judge,
+    may_retry,
+)
+from tests.builders import an_exit
+
+FAILURES = [code for code in ExitCode if code not in (ExitCode.DONE, ExitCode.STOPPED)]
+
+
+def test_the_tables_know_every_end() -> None:
+    assert set(OUTCOMES) == set(ExitCode)
+    assert set(RETRIED) == set(Outcome)
+
+
+def test_all_done_is_success() -> None:
+    assert judge([an_exit(0), an_exit(1)], 2).outcome == Outcome.SUCCEEDED
+
+
+def test_one_stopped_is_a_stop() -> None:
+    assert judge([an_exit(0), an_exit(1, ExitCode.STOPPED)], 2).outcome == Outcome.STOPPED
+
+
+@pytest.mark.parametrize("code", FAILURES)
+def test_the_earliest_failure_is_the_cause(code: ExitCode) -> None:
+    verdict = judge([an_exit(0, ExitCode.KILLED, time=5), an_exit(1, code, time=4), an_exit(2, time=1)], 3)
+    assert (verdict.outcome, verdict.first and verdict.first.rank) == (OUTCOMES[code], 1)
+
+
+@given(st.lists(st.sampled_from(ExitCode), max_size=8), st.integers(1, 8))
+def test_a_success_needs_every_rank(codes: list[ExitCode], world_size: int) -> None:
+    exits = [an_exit(rank, code, time=rank) for rank, code in enumerate(codes[:world_size])]
+    verdict = judge(exits, world_size)
+    all_done = len(exits) == world_size and all(end.code == ExitCode.DONE for end in exits)
+    assert (verdict.outcome == Outcome.SUCCEEDED) == all_done
+    assert (verdict.first is not None) == any(end.code in FAILURES for end in exits)
+    if verdict.first is None and len(exits) < world_size:
+        assert verdict.outcome == Outcome.NODE_LOST
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+def test_only_what_was_nobodys_fault_is_tried_again(outcome: Outcome) -> None:
+    again = outcome in (Outcome.CRASHED, Outcome.KILLED, Outcome.NODE_LOST)
+    assert may_retry(outcome, 1, 3) is again
+    assert may_retry(outcome, 3, 3) is again
+    assert may_retry(outcome, 4, 3) is False
+    assert may_retry(outcome, 1, 0) is False
+
+
+@given(st.integers(1, 100_000))
+def test_waiting_grows_and_is_bounded(attempts: int) -> None:
+    assert BACK_OFF_S <= back_off(attempts) <= back_off(attempts + 1) <= MAX_BACK_OFF_S
+    assert (back_off(1), back_off(2), back_off(100_000)) == (2.0, 4.0, 300.0)
