@@ -125,6 +125,7 @@ def build_engine(accelerator: Accelerator, model: PreTrainedModel, plan: Executi
         lr=optim.learning_rate,
         betas=(optim.adam_beta1, optim.adam_beta2),
         eps=optim.adam_epsilon,
+        fused=True,  # one pass over memory; unfused, the optimizer took half of a small model's step on a CPU
     )
     engine: Engine
     if plan.zero_stage == 0:
