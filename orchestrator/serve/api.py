@@ -14,7 +14,6 @@ from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 
 from launch import __version__
 from orchestrator.cluster.model import Snapshot
@@ -117,10 +116,14 @@ def create_app(controller: Controller, token: str) -> FastAPI:
         )
         return JSONResponse({"error": error.as_dict()}, status_code=400)
 
-    @app.exception_handler(HTTPException)
-    async def unroutable(_request: Request, problem: HTTPException) -> JSONResponse:
-        error = TuneyardError(str(problem.detail), code="bad-request", hint="see docs/architecture.md for the routes")
-        return JSONResponse({"error": error.as_dict()}, status_code=problem.status_code)
+    # The framework's own: a body that cannot be parsed, no such route, no such method.
+    @app.exception_handler(400)
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    async def unroutable(_request: Request, problem: Exception) -> JSONResponse:
+        status, detail = getattr(problem, "status_code", 400), getattr(problem, "detail", "bad request")
+        error = TuneyardError(str(detail), code="bad-request", hint="routes start with /v1; `tuneyard` speaks them all")
+        return JSONResponse({"error": error.as_dict()}, status_code=status)
 
     @app.get("/healthz")
     def healthz() -> dict[str, Any]:

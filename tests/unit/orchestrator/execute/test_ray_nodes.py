@@ -1,0 +1,49 @@
+"""Ray's description of a node as ours. Nothing of a cluster is started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from launch.contract import NodeShare, RunContract
+from orchestrator.cluster.model import CORES_LABEL, NAME_LABEL, Gpu
+from orchestrator.execute.ray import GPU_TYPE_LABEL, _node
+from orchestrator.memory.plan import plan
+from orchestrator.yard import _labels
+from tests.builders import a_command_job
+
+
+def an_entry(resources: dict[str, float], labels: dict[str, str] | None = None) -> dict[str, Any]:
+    return {
+        "NodeID": "abc", "NodeManagerHostname": "host", "NodeManagerAddress": "10.0.0.1", "Alive": True,
+        "Resources": resources, "Labels": labels,
+    }  # fmt: skip
+
+
+def test_a_node_without_labels_is_named_by_its_host() -> None:
+    node = _node(an_entry({"CPU": 4.0, "memory": 1e9}))
+    assert (node.id, node.name, node.address) == ("abc", "host", "10.0.0.1")
+    assert (node.cpu_slots, node.cores, node.gpus) == (4, 4, ())
+
+
+def test_the_labels_that_a_yard_gives_are_those_that_are_read() -> None:
+    given = _labels(2, 16).removeprefix("--labels=")
+    node = _node(an_entry({"CPU": 4.0}, dict(pair.split("=") for pair in given.split(","))))
+    assert (node.name, node.cores, node.cpu_slots) == ("node-2", 16, 4)
+    assert set(node.labels) == {NAME_LABEL, CORES_LABEL}
+
+
+def test_a_gpus_type_is_a_label_or_a_resource() -> None:
+    labelled = _node(an_entry({"CPU": 8.0, "GPU": 2.0}, {GPU_TYPE_LABEL: "H100"}))
+    assert labelled.gpus == (Gpu(index=0, type="H100"), Gpu(index=1, type="H100"))
+    assert _node(an_entry({"GPU": 1.0, "accelerator_type:A100": 1.0})).gpus[0].type == "A100"
+    assert _node(an_entry({"GPU": 1.0})).gpus[0].type == "GPU"
+    assert _node(an_entry({"GPU": 1.0})).cores == 1
+
+
+def test_ranks_are_numbered_through_the_nodes() -> None:
+    shares = [NodeShare(node=name, address="x", processes=count) for name, count in (("a", 2), ("b", 1), ("c", 3))]
+    contract = RunContract(
+        run_id="j.1", job_id="j", attempt=1, plan=plan(a_command_job(6), 6, "cpu"), nodes=tuple(shares), main_port=1,
+        run_dir="/r", output_dir="/o", checkpoint_dir="/c", command=("true",),
+    )  # fmt: skip
+    assert [contract.ranks_of(index) for index in range(3)] == [(0, 1), (2,), (3, 4, 5)]
