@@ -26,13 +26,20 @@ START_S = 60.0
 
 @contextmanager
 def a_controller(home: Path, slots: int = SLOTS) -> Iterator[Controller]:
-    """A controller that ticks when the test says so; processes that its attempts leave are ended by their run ids."""
+    """A controller that ticks when the test says so.
+
+    What its attempts leave is ended: first the agents, which might yet start a launcher, then the rest by run id.
+    """
     store = Store(f"sqlite:///{home / 'yard.db'}")
     store.prepare()
-    controller = Controller(store, LocalExecutor(slots), Settings(home=home, tick=0.05, leash=10))
+    executor = LocalExecutor(slots)
+    controller = Controller(store, executor, Settings(home=home, tick=0.05, leash=10))
     try:
         yield controller
     finally:
+        for agent in executor._children:
+            agent.kill()
+            agent.wait()
         for job in store.jobs(limit=10_000):
             for attempt in store.attempts(job.id):
                 assert end_all(ENV_RUN_ID, attempt.run.run_id) == []
