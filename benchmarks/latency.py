@@ -99,7 +99,7 @@ def through(command: Callable[..., Any], job_file: Path, run_dirs: Callable[[str
 def imports_on_submit_path(job_file: Path) -> list[str]:
     """Heavy packages that checking a job file and making a client load; should be none."""
     probe = (
-        "import sys, pathlib; from orchestrator.cli.files import read_job; import orchestrator.cli, orchestrator.client;"
+        "import sys, pathlib, orchestrator.cli, orchestrator.client; from orchestrator.cli.files import read_job;"
         f"read_job(pathlib.Path({str(job_file)!r}), []);"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )

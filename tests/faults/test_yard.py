@@ -196,22 +196,30 @@ def test_a_node_lost_with_its_processes_alive_never_overlaps_with_the_next_attem
     assert yard.left_of(job) == []
 
 
+def _ticking(yard: Yard, name: str, processes: int = 2) -> tuple[str, int, psutil.Process]:
+    """A job whose ranks tick on one node, and that node's agent and raylet."""
+    job = yard.submit(yard.ticker(name, processes=processes))
+    until(lambda: all(yard.ticks(job, rank=rank) for rank in range(processes)))
+    agent = json.loads(yard.files(job).agent(0).read_bytes())["pid"]
+    raylet = psutil.Process(agent).parent()
+    assert raylet is not None
+    assert "raylet" in raylet.name()
+    return job, agent, raylet
+
+
 def _off_the_head(yard: Yard, name: str) -> tuple[str, int, psutil.Process]:
-    """A ticking job of two ranks on a node that is not Ray's head (whose loss is another matter), its agent and raylet."""
-    filler = None
-    while True:
-        job = yard.submit(yard.ticker(name))
-        until(lambda: yard.ticks(job, rank=0) and yard.ticks(job, rank=1))
-        agent = json.loads(yard.files(job).agent(0).read_bytes())["pid"]
-        raylet = psutil.Process(agent).parent()
-        assert raylet is not None
-        assert "raylet" in raylet.name()
-        if not any("--head" in argument for argument in raylet.cmdline()):
-            if filler:
-                yard.run("cancel", filler, "--wait")
-            return job, agent, raylet
-        yard.run("cancel", job, "--wait")
-        assert filler is None, "the head is full, and yet it was chosen again"
-        slots = yard.json("nodes")[0]["cpu_slots"]
-        filler = yard.submit(yard.ticker(f"{name}-filler", processes=slots))
-        until(lambda: yard.ticks(filler))
+    """_ticking on a node that is not Ray's head, whose loss is another matter."""
+    job, agent, raylet = _ticking(yard, name)
+    if not _is_head(raylet):
+        return job, agent, raylet
+    yard.run("cancel", job, "--wait")
+    filler, _, filled = _ticking(yard, f"{name}-filler", processes=yard.json("nodes")[0]["cpu_slots"])
+    assert _is_head(filled)
+    job, agent, raylet = _ticking(yard, name)
+    assert not _is_head(raylet)
+    yard.run("cancel", filler, "--wait")
+    return job, agent, raylet
+
+
+def _is_head(raylet: psutil.Process) -> bool:
+    return any("--head" in argument for argument in raylet.cmdline())
