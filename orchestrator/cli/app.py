@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from launch import __version__
-from orchestrator.cli import cancel, describe, doctor, init, logs, ls, nodes, run, schema, submit, up, wait
+from orchestrator.cli import cancel, data, describe, doctor, init, logs, ls, nodes, run, schema, submit, up, wait
 
 app = typer.Typer(
     name="tuneyard",
@@ -34,6 +34,7 @@ def root(
 
 
 app.command("init")(init.init)
+app.command("data")(data.data)
 app.command("run")(run.run)
 app.command("up")(up.up)
 app.command("down")(up.down)

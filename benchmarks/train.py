@@ -1,0 +1,228 @@
+"""Fine-tuning MiniLM on SMS Spam on this CPU: Tuneyard's loop beside the textbook's and transformers' Trainer.
+
+    python -m benchmarks.train [--steps 150] [--scaling-steps 40]
+
+Same model, rows, split, steps, batch of 16, learning rate, seed and cores for all; each in a process of its own. The
+textbook loop pads every row to 128 tokens, in fp32, with AdamW as it comes; the Trainer runs with its defaults (pads
+to the longest row of a batch, fp32) and with bf16. Samples/s are over the training loop alone, from the end of the
+first step to the end of the last; macro-F1 is over the same test rows. Then, at a global batch of 64, two processes
+(DDP, ZeRO-2) beside one process that uses both cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.alone import plan_alone
+from launch.attempt import AttemptFiles
+from launch.config import load_train_spec
+from launch.contract import NodeShare, ProgressLine, RankExit
+from launch.document import read_document
+from launch.engine_config import accelerate_config, launch_environment
+from orchestrator.execute.local import free_port
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "configs" / "jobs" / "sms-spam.yaml"
+PADDED = 128
+BATCH = 16
+LIMITS = {
+    "vs_textbook_ratio": 8.0,
+    "vs_trainer_default_ratio": 4.0,
+    "vs_trainer_fp32_ratio": 1.7,
+    "vs_trainer_bf16_ratio": 2.0,
+    "ddp_scaling_ratio": 0.9,
+    "zero2_scaling_ratio": 0.65,
+}
+F1_TOLERANCE = 0.01
+
+
+def overrides(steps: int, precision: str) -> list[str]:
+    return [
+        "strategy=single", f"train.precision={precision}", f"train.max_steps={steps}", "train.eval_every=null",
+        f"train.global_batch_size={BATCH}", f"train.micro_batch_size={BATCH}", f"data.max_length={PADDED}",
+    ]  # fmt: skip
+
+
+def peer(name: str, steps: int) -> dict[str, float]:
+    """Train by a peer's loop, in this process. Returns samples_per_s and f1_macro."""
+    import numpy as np
+    import torch
+    from sklearn.metrics import f1_score
+
+    from launch.data import Rows, load_corpus
+    from launch.model import load_tokenizer
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    spec = load_train_spec(read_document(EXAMPLE, overrides(steps, "fp32")))
+    tokenizer = load_tokenizer(spec.model)
+    corpus = load_corpus(spec, tokenizer)
+    assert corpus.test is not None
+
+    def examples(rows: Rows) -> list[dict[str, Any]]:
+        return [
+            {"input_ids": rows.tokens[rows.offsets[i] : rows.offsets[i + 1]].tolist(), "labels": int(rows.labels[i])}
+            for i in range(len(rows))
+        ]
+
+    from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
+
+    set_seed(spec.train.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(spec.model.name_or_path, num_labels=len(corpus.labels))
+    train, test = examples(corpus.train), examples(corpus.test)
+    collate = DataCollatorWithPadding(tokenizer)
+    marks: list[float] = []
+    if name == "textbook":
+        pad = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=PADDED)
+        loader = torch.utils.data.DataLoader(train, batch_size=BATCH, shuffle=True, collate_fn=pad)  # type: ignore[arg-type]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=spec.train.learning_rate)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        model.train()
+        while len(marks) < steps:
+            for batch in loader:
+                model(**batch).loss.backward()
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                marks.append(time.monotonic())
+                if len(marks) == steps:
+                    break
+    else:
+        from transformers import Trainer, TrainerCallback, TrainingArguments
+
+        class Clock(TrainerCallback):
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                marks.append(time.monotonic())
+
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                output_dir=folder, max_steps=steps, per_device_train_batch_size=BATCH, use_cpu=True,
+                learning_rate=spec.train.learning_rate, seed=spec.train.seed, bf16=name == "trainer-bf16",
+                report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            )  # fmt: skip
+            Trainer(
+                model=model,
+                args=arguments,
+                train_dataset=train,
+                data_collator=collate,
+                callbacks=[Clock()],  # type: ignore[arg-type]
+            ).train()
+    model.eval()
+    predicted: list[int] = []
+    with torch.no_grad():
+        for start in range(0, len(test), 64):
+            batch = collate([{"input_ids": one["input_ids"]} for one in test[start : start + 64]])
+            predicted += model(**batch).logits.argmax(-1).tolist()
+    f1 = float(f1_score(np.array(corpus.test.labels), predicted, average="macro"))
+    return {"samples_per_s": speed(marks, BATCH), "f1_macro": f1}
+
+
+def speed(marks: list[float], batch: int) -> float:
+    """Samples a second between the end of the first step and the end of the last."""
+    return (len(marks) - 1) * batch / (marks[-1] - marks[0])
+
+
+def peer_in_a_process(name: str, steps: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.train", "--peer", name, "--steps", str(steps)]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    figures: dict[str, float] = json.loads(told.stdout.strip().splitlines()[-1])
+    return figures
+
+
+def ours(folder: Path, name: str, sets: list[str], processes: int = 1) -> dict[str, float]:
+    """Train by `accelerate launch -m launch`, alone. Returns samples_per_s and f1_macro."""
+    job = folder / f"{name}.yaml"
+    keys = yaml.safe_load(EXAMPLE.read_text())
+    keys["name"] = name
+    keys["model"]["name_or_path"] = str(EXAMPLE.parent / keys["model"]["name_or_path"])
+    keys["data"]["train"] = str(EXAMPLE.parent / keys["data"]["train"])
+    job.write_text(yaml.safe_dump(keys))
+    spec = load_train_spec(read_document(job, sets))
+    plan = plan_alone(spec, processes, "cpu")
+    share = NodeShare(
+        node="n", address="127.0.0.1", processes=processes, threads=max(1, (os.cpu_count() or 1) // processes)
+    )
+    config = folder / f"{name}-accelerate.yaml"
+    deepspeed = folder / f"{name}-deepspeed.json" if plan.zero_stage else None
+    config.write_text(
+        yaml.safe_dump(accelerate_config(plan, [share], 0, free_port(), str(deepspeed) if deepspeed else None))
+    )
+    if deepspeed is not None:
+        from launch.engine_config import deepspeed_config
+
+        deepspeed.write_text(json.dumps(deepspeed_config(spec.train, plan)))
+    flags = [flag for one in sets for flag in ("--set", one)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "launch"]
+    env = os.environ | launch_environment(plan, share) | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run([*command, "--config", str(job), *flags], env=env, check=True, capture_output=True, cwd=folder)
+    files = AttemptFiles(folder / "runs" / name)
+    end = RankExit.model_validate_json(files.exit(0).read_bytes())
+    assert end.result is not None
+    assert end.result.metrics is not None
+    lines = [ProgressLine.model_validate_json(line) for line in files.progress(0).read_text().splitlines()]
+    marks = [line.time for line in lines if line.phase == "train"]
+    return {"samples_per_s": speed(marks, spec.train.global_batch_size), "f1_macro": end.result.metrics["f1_macro"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--scaling-steps", type=int, default=40)
+    parser.add_argument("--peer", choices=("textbook", "trainer", "trainer-bf16"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peer:
+        print(json.dumps(peer(options.peer, options.steps)))
+        return
+    found: dict[str, dict[str, float]] = {}
+
+    def note(name: str, figures: dict[str, float]) -> None:
+        found[name] = figures
+        print(
+            f"{name:<14} {figures['samples_per_s']:7.1f} samples/s  macro-F1 {figures['f1_macro']:.4f}", file=sys.stderr
+        )
+
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        note("ours-bf16", ours(folder, "ours-bf16", overrides(options.steps, "bf16")))
+        note("trainer", peer_in_a_process("trainer", options.steps))
+        note("ours-fp32", ours(folder, "ours-fp32", overrides(options.steps, "fp32")))
+        note("trainer-bf16", peer_in_a_process("trainer-bf16", options.steps))
+        note("textbook", peer_in_a_process("textbook", options.steps))
+        at_64 = [
+            "train.precision=fp32", f"train.max_steps={options.scaling_steps}", "train.eval_every=null",
+            "train.global_batch_size=64",
+        ]  # fmt: skip
+        note("one-64", ours(folder, "one-64", [*at_64, "strategy=single", "train.micro_batch_size=64"]))
+        for engine in ("ddp", "zero2"):
+            sets = [*at_64, f"strategy={engine}", "train.micro_batch_size=32"]
+            note(f"{engine}-64", ours(folder, f"{engine}-64", sets, processes=2))
+    rate = {name: one["samples_per_s"] for name, one in found.items()}
+    f1 = {name: one["f1_macro"] for name, one in found.items()}
+    figures: dict[str, Any] = {
+        "vs_textbook_ratio": rate["ours-bf16"] / rate["textbook"],
+        "vs_trainer_default_ratio": rate["ours-bf16"] / rate["trainer"],
+        "vs_trainer_fp32_ratio": rate["ours-fp32"] / rate["trainer"],
+        "vs_trainer_bf16_ratio": rate["ours-bf16"] / rate["trainer-bf16"],
+        "ddp_scaling_ratio": rate["ddp-64"] / rate["one-64"],
+        "zero2_scaling_ratio": rate["zero2-64"] / rate["one-64"],
+    }
+    figures = {name: round(value, 2) for name, value in figures.items()}
+    peers = max(f1["textbook"], f1["trainer"], f1["trainer-bf16"])
+    figures["f1_macro"] = {name: round(value, 4) for name, value in f1.items() if not name.endswith("-64")}
+    figures["samples_per_s"] = {name: round(value, 1) for name, value in rate.items()}
+    figures["f1_no_lower"] = min(f1["ours-bf16"], f1["ours-fp32"]) >= peers - F1_TOLERANCE
+    figures["limits"] = LIMITS
+    figures["within_limits"] = figures["f1_no_lower"] and all(figures[name] >= limit for name, limit in LIMITS.items())
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
