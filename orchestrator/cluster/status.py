@@ -46,6 +46,10 @@ class AttemptStatus(BaseModel):
         return any(report.claimed for report in self.reports)
 
     @property
+    def claimed_everywhere(self) -> bool:
+        return all(report.claimed for report in self.reports)
+
+    @property
     def reachable(self) -> bool:
         """Whether every node that has not ended answered."""
         return all(report.reachable or report.ended for report in self.reports)

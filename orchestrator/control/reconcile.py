@@ -87,11 +87,8 @@ def _attempt(
         yield _end(job, attempt, judge(status.exits, attempt.plan.world_size), status, now)
         return
     # Before any stop: a stopping attempt cannot become a running one, and both may be due in one tick.
-    runs = status.reachable and (
-        (attempt.state == AttemptState.STARTING and status.begun)
-        or (attempt.state == AttemptState.LOST and attempt.stop is None)
-    )
-    if runs:
+    found = attempt.state == AttemptState.LOST and attempt.stop is None
+    if status.reachable and status.begun and (found or attempt.state == AttemptState.STARTING):
         yield MarkRunning(*key)
     if attempt.stop is not None:
         yield SendStopAgain(*key, attempt.stop)
@@ -110,13 +107,13 @@ def _attempt(
     if not status.reachable:
         yield from _silent(job, attempt, facts, now, policy)
         return
-    if not runs and attempt.state == AttemptState.STARTING and not status.claimed:
-        age = now - attempt.created_at
-        if age > START_TIMEOUT_S:
-            yield _end(job, attempt, Verdict(Outcome.NODE_LOST, None), status, now)
-            return
-        if age > START_AGAIN_S:
-            yield StartAgain(*key)
+    age = now - attempt.created_at
+    if not status.claimed and age > START_TIMEOUT_S:
+        # Whatever state it is in: nothing was ever started, and nothing is left to wait for.
+        yield _end(job, attempt, Verdict(Outcome.NODE_LOST, None), status, now)
+        return
+    if not status.claimed_everywhere and attempt.stop is None and age > START_AGAIN_S:
+        yield StartAgain(*key)
     progress = status.progress
     changed = progress is not None and progress != attempt.progress
     if (changed and now - attempt.last_contact >= PROGRESS_S) or now - attempt.last_contact >= SILENCE_S / 2:
