@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup examples demo test lint format bench-latency clean
+.PHONY: help setup examples demo test lint format bench-latency bench-train clean
 
 help:
 	@echo "make demo           set up, then fine-tune MiniLM on two processes through a local yard"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint           ruff, mypy and the import contracts"
 	@echo "make format         let ruff rewrite what it can"
 	@echo "make bench-latency  measure how long a job takes from submit to its first step"
+	@echo "make bench-train    measure training on this CPU beside the textbook's loop and transformers' Trainer"
 	@echo "make clean          remove caches, .venv and the example yard (.tuneyard)"
 
 setup: $(READY)
@@ -92,6 +93,9 @@ format: setup
 
 bench-latency: examples
 	$(BIN)/python -m benchmarks.latency
+
+bench-train: examples
+	$(BIN)/python -m benchmarks.train
 
 clean:
 	rm -rf .venv .tuneyard .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
