@@ -156,8 +156,8 @@ def model_card(
             f"# {spec.name}",
             "",
             f"`{base}`, fine-tuned for {spec.model.task}: {steps}global batch {optim.global_batch_size}, "
-            f"{optim.optimizer}, learning rate {optim.learning_rate:g} ({optim.schedule}), {optim.precision}, {adapter}, "
-            f"seed {optim.seed}.{best}",
+            f"{optim.optimizer}, learning rate {optim.learning_rate:g} ({optim.schedule}), {optim.precision}, "
+            f"{adapter}, seed {optim.seed}.{best}",
             "",
             "| metric (held-out data) | value |",
             "| --- | --- |",
