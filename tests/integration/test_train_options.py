@@ -18,7 +18,7 @@ from sklearn.metrics import matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.optimization import Adafactor
 
-from launch.config import TrainSpec
+from launch.config import CheckpointSpec, TrainSpec
 from launch.contract import ExitCode, ProgressLine, RankExit, RankResult, TrainSummary
 from launch.data import Corpus, Rows, collate, load_corpus, sampler_for
 from launch.model import drawn, load_tokenizer
@@ -45,9 +45,15 @@ def job(world: Path, **train: object) -> TrainSpec:
 
 
 def run(
-    spec: TrainSpec, directory: Path, engine: str, world_size: int, micro_batch: int, mutant: str | None = None
+    spec: TrainSpec,
+    directory: Path,
+    engine: str,
+    world_size: int,
+    micro_batch: int,
+    mutant: str | None = None,
+    **contract_changes: object,
 ) -> dict[int, RankExit]:
-    contract = a_contract(directory, a_plan(spec, engine, world_size, micro_batch), spec)
+    contract = a_contract(directory, a_plan(spec, engine, world_size, micro_batch), spec, **contract_changes)
     launched = start(contract) if mutant is None else start(contract, {"MUTANT": mutant}, module="tests.mutants")
     ended = launched.wait()
     assert len(ended) == world_size, launched.logs()
@@ -113,7 +119,7 @@ class Reference:
                 optimizer.step()
                 optimizer.zero_grad()
                 self.losses.append(loss.item())
-            if (step + 1) % eval_every == 0:
+            if (step + 1) % eval_every == 0 or step + 1 == STEPS:
                 weights = {name: p.detach().clone() for name, p in self.model.named_parameters()}
                 with torch.no_grad():
                     logits = self.logits(test, torch.arange(len(test)).numpy())
@@ -144,7 +150,7 @@ def differences(model_dir: Path, weights: dict[str, torch.Tensor]) -> torch.Tens
 def everything(world: Path) -> TrainSpec:
     return job(
         world,
-        learning_rate=2e-2,
+        learning_rate=1e-2,
         schedule="wsd",
         warmup_ratio=0.1,
         decay_steps=4,
@@ -152,7 +158,7 @@ def everything(world: Path) -> TrainSpec:
         freeze=[KEY_BIASES, "bert.embeddings.position_*"],
         label_smoothing=0.1,
         class_weights={"spam": 2.5},
-        eval_every=3,
+        eval_every=5,  # and at the end
         keep_best=True,
         on_nonfinite="skip",
     )
@@ -168,7 +174,7 @@ def reference(everything: TrainSpec) -> Reference:
             depth = 0
         elif "encoder.layer." in name:
             depth = 1 + int(name.split("encoder.layer.")[1][0])
-        return float(2e-2 * 0.7 ** (3 - depth))
+        return float(1e-2 * 0.7 ** (3 - depth))
 
     parts = groups(found.model, rate, lambda name: "key.bias" in name or "position" in name)
     shape = [0, 1 / 2, 1, 1, 1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4]
@@ -178,7 +184,7 @@ def reference(everything: TrainSpec) -> Reference:
         torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.5]), label_smoothing=0.1),
         lambda step: shape[step],
         skip=SKIPPED,
-        eval_every=3,
+        eval_every=5,
     )
     return found
 
@@ -278,9 +284,31 @@ def test_adafactor_is_transformers_own(
     assert result.moment_bytes == 4 * factors
 
 
+def test_the_best_weights_outlive_a_restart(world: Path, tmp_path: Path) -> None:
+    """They are of step 2; the first attempt ends after step 5, the second goes on from step 4."""
+    spec = job(world, learning_rate=5e-3, schedule="constant", class_weights={"spam": 12.0}, eval_every=2)
+    reference = Reference(spec)
+    parts = groups(reference.model, lambda _: 5e-3, lambda name: "key.bias" in name)
+    loss = torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 12.0]))
+    reference.train(torch.optim.AdamW(parts, eps=1e-4), loss, lambda _: 1.0, eval_every=2)
+    assert min(reference.evaluations, key=lambda step: reference.evaluations[step][0]) == 2
+    spec = spec.model_copy(
+        update={
+            "train": spec.train.model_copy(update={"keep_best": True}),
+            "checkpoint": CheckpointSpec(every_steps=2),
+        }
+    )
+    shared = str(tmp_path / "checkpoints")
+    first = run(spec, tmp_path / "first", "zero3", 2, 8, mutant="crash-at-6", checkpoint_dir=shared)
+    assert first[0].code == ExitCode.CRASH
+    _, summary = result_of(run(spec, tmp_path / "second", "zero3", 2, 8, checkpoint_dir=shared))
+    assert (summary.steps, summary.best_step) == (STEPS, 2)
+    assert float(differences(tmp_path / "second" / "model", reference.evaluations[2][1]).max()) <= 1e-5
+
+
 def test_a_loss_that_stays_not_finite_ends_the_job(world: Path, tmp_path: Path) -> None:
-    ended = run(job(world, max_steps=20, on_nonfinite="skip"), tmp_path, "zero2", 2, 8, mutant="nan-from-3")
-    assert {exit_.code for exit_ in ended.values()} == {ExitCode.USER_ERROR}
+    ended = run(job(world, max_steps=20, on_nonfinite="skip"), tmp_path, "single", 1, 16, mutant="nan-from-3")
+    assert ended[0].code == ExitCode.USER_ERROR
     error = ended[0].error
     assert error is not None
     assert (error.code, error.message) == ("loss-not-finite", "the loss is nan at step 13, after 10 skipped steps")
