@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from launch.document import Document
 from launch.errors import Refused, SpecErrors
 from launch.explain import explain
 from launch.optimisation import EarlyStopping, Metric, OptimSpec, Precision
-from launch.section import Section
+from launch.section import Names, Section
 
 __all__ = [
     "AdapterSpec",
@@ -47,14 +47,6 @@ Offload = Literal["none", "optimizer", "all"]
 Task = Literal["sequence-classification", "causal-lm"]
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-
-
-def _one_or_many(value: Any) -> Any:
-    """One name or a list of names; a tuple, since strict validation of Python values knows no list for it."""
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
-Files = Annotated[tuple[str, ...], BeforeValidator(_one_or_many, json_schema_input_type=str | list[str])]
 
 
 class ModelSpec(Section):
@@ -110,10 +102,10 @@ class SplitSpec(Section):
 class DataSpec(Section):
     """Where rows come from and which columns matter."""
 
-    train: Files = Field(min_length=1)
+    train: Names = Field(min_length=1)
     """CSV, TSV, JSONL or Parquet files, a directory written by `datasets.save_to_disk`, or a hub id."""
-    validation: Files | None = None
-    test: Files | None = None
+    validation: Names | None = None
+    test: Names | None = None
     """Held-out files; null where `split` cuts them from `train`."""
     split: SplitSpec | None = None
     text_column: str = "text"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from launch.errors import Refused
-from launch.section import Section
+from launch.section import Names, Section
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Metric = Literal["loss", "accuracy", "f1_macro", "mcc", "perplexity"]
@@ -15,14 +15,6 @@ Optimizer = Literal["adamw", "adafactor", "lion"]
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 
 DECAY_SHARE = 0.1  # of the steps, for `wsd` where the file does not say
-
-
-def _listed(value: Any) -> Any:
-    """One pattern or a list of them."""
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
-Patterns = Annotated[tuple[str, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
 
 
 class EarlyStopping(Section):
@@ -66,7 +58,7 @@ class OptimSpec(Section):
     """wsd: the same as a share of all steps, rounded up; with neither, a tenth."""
     layer_decay: float | None = Field(None, gt=0, le=1)
     """Each layer's learning rate is this factor of the one above: the head's is full, the embeddings' the lowest."""
-    freeze: Patterns = ()
+    freeze: Names = ()
     """Parameters that stay as they are: patterns such as `*.embeddings.*` (`*`, `?`, `[a-c]`) for their names."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """This share of each target is spread evenly over all classes or tokens. In training alone: held-out loss and
