@@ -129,9 +129,16 @@ def build_engine(accelerator: Accelerator, model: PreTrainedModel, plan: Executi
     """Wrap `model` and its optimizer as `plan` says, and check that this is what came of it.
 
     Raises:
-        ContractError: the live engine differs from the plan; names every difference.
+        ContractError: the live engine differs from the plan, with every difference, or cannot run what it says.
         SpecError: the job's optimisation does not fit the model.
     """
+    if plan.zero_stage > 0 and optim.optimizer == "adafactor":
+        # It would run, on flat pieces of the weights, and quietly be another optimizer.
+        raise ContractError(
+            f"adafactor needs whole matrices, which {plan.engine} does not give it",
+            field="plan.engine",
+            hint="plan it as single or ddp",
+        )
     groups = by_layer(weight_decay_groups(model, optim.weight_decay), model, optim.layer_decay)
     optimizer = make_optimizer(groups, optim)
     engine: Engine
