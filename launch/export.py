@@ -147,7 +147,7 @@ def model_card(
         "---",
     ]
     steps = f"{last.step} steps, {last.samples} samples, " if last else ""
-    best = f" The weights are those of step {step}, the best evaluation." if last and step != last.step else ""
+    best = f" The weights are those of step {step}, the best evaluation." if optim.keep_best else ""
     adapter = f"LoRA r={spec.adapter.r}, alpha={spec.adapter.alpha:g}" if spec.adapter else "all weights"
     return "\n".join(
         [
