@@ -9,37 +9,44 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from launch.document import Document
 from launch.errors import Refused, SpecErrors
 from launch.explain import explain
+from launch.optimisation import EarlyStopping, Metric, OptimSpec, Precision
+from launch.section import Names, Section
+
+__all__ = [
+    "AdapterSpec",
+    "CheckpointSpec",
+    "DataSpec",
+    "EarlyStopping",
+    "EngineChoice",
+    "Metric",
+    "ModelSpec",
+    "Offload",
+    "OptimSpec",
+    "Precision",
+    "Section",
+    "SplitSpec",
+    "Strategy",
+    "Task",
+    "TrainSpec",
+    "exists",
+    "load_train_spec",
+    "local_path",
+    "resolve_paths",
+    "validate",
+]
 
 Strategy = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"]
 Offload = Literal["none", "optimizer", "all"]
-Precision = Literal["fp32", "bf16", "fp16"]
 Task = Literal["sequence-classification", "causal-lm"]
-Metric = Literal["loss", "accuracy", "f1_macro", "perplexity"]
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-
-
-class Section(BaseModel):
-    """A part of a job file: unknown keys and silent type conversions are refused, values never change."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-def _one_or_many(value: Any) -> Any:
-    """One name or a list of names; a tuple, since strict validation of Python values knows no list for it."""
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
-Files = Annotated[tuple[str, ...], BeforeValidator(_one_or_many, json_schema_input_type=str | list[str])]
 
 
 class ModelSpec(Section):
@@ -95,10 +102,10 @@ class SplitSpec(Section):
 class DataSpec(Section):
     """Where rows come from and which columns matter."""
 
-    train: Files = Field(min_length=1)
+    train: Names = Field(min_length=1)
     """CSV, TSV, JSONL or Parquet files, a directory written by `datasets.save_to_disk`, or a hub id."""
-    validation: Files | None = None
-    test: Files | None = None
+    validation: Names | None = None
+    test: Names | None = None
     """Held-out files; null where `split` cuts them from `train`."""
     split: SplitSpec | None = None
     text_column: str = "text"
@@ -130,70 +137,6 @@ class DataSpec(Section):
                         at=("split", part),
                         hint="keep one of the two",
                     )
-        return self
-
-
-class EarlyStopping(Section):
-    """Stop when an evaluation metric no longer gets better."""
-
-    metric: Metric = "loss"
-    patience: int = Field(3, ge=1)
-    """How many evaluations in a row may bring no improvement."""
-    min_delta: float = Field(0.0, ge=0)
-    """A smaller change than this is no improvement."""
-
-
-class OptimSpec(Section):
-    """The optimisation itself. Nothing here depends on how many processes run it."""
-
-    max_steps: int | None = Field(None, ge=1)
-    """Optimizer steps; or give `epochs`."""
-    epochs: float | None = Field(None, gt=0)
-    """Passes over the training data; the last, smaller batch of a pass counts as a step."""
-    global_batch_size: int = Field(16, ge=1)
-    """Rows per optimizer step over all processes: the same for any number of them."""
-    micro_batch_size: int | None = Field(None, ge=1)
-    """Rows per forward pass of one process; null lets the planner choose. Changes speed and memory only."""
-    eval_batch_size: int | None = Field(None, ge=1)
-    """Rows per forward pass at evaluation; null takes twice the micro-batch."""
-    learning_rate: float = Field(5e-5, gt=0)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate goes down to zero after the warm-up."""
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.01, ge=0)
-    """Not applied to biases and normalisation weights, as is customary."""
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float | None = Field(1.0, gt=0)
-    """Clip the global gradient norm; null does not clip."""
-    precision: Precision = "fp32"
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
-    seed: int = Field(0, ge=0, lt=2**32)
-    group_by_length: bool = True
-    """Batches of rows of like length: less padding, so faster. The order stays a function of the seed."""
-    eval_every: int | None = Field(None, ge=1)
-    """Evaluate every so many steps; null evaluates at the end alone."""
-    log_every: int = Field(1, ge=1)
-    early_stopping: EarlyStopping | None = None
-
-    @model_validator(mode="after")
-    def _length_is_given_once(self) -> OptimSpec:
-        if (self.max_steps is None) == (self.epochs is None):
-            raise Refused(
-                "`max_steps` and `epochs` are both missing: how long is the training?"
-                if self.epochs is None
-                else "`max_steps` and `epochs` are both given",
-                at=() if self.epochs is None else ("epochs",),
-                hint="add one of them, such as `epochs: 3`" if self.epochs is None else "keep one of the two",
-            )
-        if self.early_stopping is not None and self.eval_every is None:
-            raise Refused(
-                "`early_stopping` looks at evaluations, and `eval_every` is missing",
-                at=("early_stopping",),
-                hint="add `eval_every:`, the steps between two evaluations",
-            )
         return self
 
 
@@ -254,17 +197,39 @@ class TrainSpec(EngineChoice):
                 at=("data", "prompt_column"),
                 hint="take `task: causal-lm`, or `text_column` and `label_column`",
             )
-        stop = self.train.early_stopping
-        if stop is not None:
-            known = ("loss", "perplexity") if self.model.task == "causal-lm" else ("loss", "accuracy", "f1_macro")
-            if stop.metric not in known:
-                raise Refused(
-                    f"`{stop.metric}` is not measured for {self.model.task}",
-                    at=("train", "early_stopping", "metric"),
-                    code="unknown-value",
-                    hint=f"take one of: {', '.join(known)}",
-                )
+        _check_task(self.train, self.model.task, self.adapter)
+        if self.train.optimizer == "adafactor" and self.strategy in ("zero1", "zero2", "zero3"):
+            raise Refused(
+                f"adafactor needs whole matrices, and `{self.strategy}` gives an optimizer flat pieces of them",
+                at=("train", "optimizer"),
+                hint="take `strategy: ddp` (adafactor's state is small anyway), or the optimizer adamw or lion",
+            )
         return self
+
+
+def _check_task(train: OptimSpec, task: Task, adapter: AdapterSpec | None) -> None:
+    """Raises Refused where an option of the optimisation means nothing for the task."""
+    if train.early_stopping is not None:
+        known = ("loss", "perplexity") if task == "causal-lm" else ("loss", "accuracy", "f1_macro", "mcc")
+        if train.early_stopping.metric not in known:
+            raise Refused(
+                f"`{train.early_stopping.metric}` is not measured for {task}",
+                at=("train", "early_stopping", "metric"),
+                code="unknown-value",
+                hint=f"take one of: {', '.join(known)}",
+            )
+    if train.class_weights is not None and task == "causal-lm":
+        raise Refused(
+            "`class_weights` weigh classes, and causal-lm has none",
+            at=("train", "class_weights"),
+            hint="remove it, or take `task: sequence-classification`",
+        )
+    if train.freeze and adapter is not None:
+        raise Refused(
+            "an adapter already keeps the model's own weights fixed",
+            at=("train", "freeze"),
+            hint="remove `freeze`, or choose what is adapted with `adapter.target_modules`",
+        )
 
 
 # Keys of a job file that speak to the orchestrator; run alone, `launch` reads past them.

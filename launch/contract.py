@@ -162,10 +162,14 @@ class TrainSummary(Record):
     samples: int
     samples_per_s: float
     losses: tuple[float, ...]
-    """One per optimizer step: mean over the global batch (rows, or target tokens for causal-lm)."""
+    """One per optimizer step taken: mean over the global batch (rows, their weights, or target tokens)."""
     first_step_at: float | None = None
     """Unix time at which the first optimizer step had been taken."""
     stopped_early: bool = False
+    skipped_steps: int = 0
+    """Steps left out because their loss was not finite; they are among `steps`, and have no loss."""
+    best_step: int | None = None
+    """With train.keep_best: the step whose weights were exported."""
 
 
 class RankResult(Record):
@@ -182,7 +186,7 @@ class RankResult(Record):
     peak_bytes: int
     """cuda: torch's peak allocation; cpu: peak resident set of the process."""
     moment_bytes: int
-    """Adam's two moments held by this rank, read from the optimizer's tensors."""
+    """What the optimizer remembers of the weights on this rank (AdamW: two moments), read from its tensors."""
     master_bytes: int
     """fp32 copies of weights held beside the weights themselves by this rank."""
     metrics: dict[str, float] | None = None
@@ -214,6 +218,8 @@ class ProgressLine(Record):
     samples_per_s: float | None = None
     eta_s: float | None = None
     memory_bytes: int | None = None
+    skipped: int | None = None
+    """How many steps were left out so far, where this is one."""
     metrics: dict[str, float] | None = None
 
 

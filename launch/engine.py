@@ -23,7 +23,9 @@ from launch.config import OptimSpec
 from launch.contract import ExecutionPlan
 from launch.engine_config import deepspeed_config
 from launch.errors import ContractError, SpecError
+from launch.layers import RATE_FACTOR, by_layer
 from launch.model import weight_decay_groups
+from launch.optimizers import make_optimizer, state_bytes
 
 
 class Engine(Protocol):
@@ -45,11 +47,20 @@ class Engine(Protocol):
     def step(self, learning_rate: float) -> None:
         """Clip, update the weights and forget the gradients."""
 
+    def skip(self) -> None:
+        """Forget gradients that are not finite, as if there had been no micro-step; in place of `step`."""
+
+    def fragments(self) -> dict[str, torch.Tensor]:
+        """Copies on the CPU of this rank's part of the trained weights, by parameter name."""
+
+    def restore(self, fragments: dict[str, torch.Tensor]) -> None:
+        """Put back what `fragments` copied: to evaluate and export, since the optimizer does not learn of it."""
+
     def describe(self) -> ExecutionPlan:
         """What is running, as found in the live engine."""
 
     def moment_bytes(self) -> int:
-        """Adam's moments held by this rank."""
+        """What the optimizer remembers of the weights on this rank."""
 
     def master_bytes(self) -> int:
         """fp32 copies of weights that this rank holds beside the weights."""
@@ -118,15 +129,18 @@ def build_engine(accelerator: Accelerator, model: PreTrainedModel, plan: Executi
     """Wrap `model` and its optimizer as `plan` says, and check that this is what came of it.
 
     Raises:
-        ContractError: the live engine differs from the plan; names every difference.
+        ContractError: the live engine differs from the plan, with every difference, or cannot run what it says.
+        SpecError: the job's optimisation does not fit the model.
     """
-    optimizer = torch.optim.AdamW(
-        weight_decay_groups(model, optim.weight_decay),
-        lr=optim.learning_rate,
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        eps=optim.adam_epsilon,
-        fused=True,  # one pass over memory; unfused, the optimizer took half of a small model's step on a CPU
-    )
+    if plan.zero_stage > 0 and optim.optimizer == "adafactor":
+        # It would run, on flat pieces of the weights, and quietly be another optimizer.
+        raise ContractError(
+            f"adafactor needs whole matrices, which {plan.engine} does not give it",
+            field="plan.engine",
+            hint="plan it as single or ddp",
+        )
+    groups = by_layer(weight_decay_groups(model, optim.weight_decay), model, optim.layer_decay)
+    optimizer = make_optimizer(groups, optim)
     engine: Engine
     if plan.zero_stage == 0:
         engine = PlainEngine(accelerator, model, optimizer, plan, optim.max_grad_norm)
@@ -180,12 +194,21 @@ class PlainEngine:
         self.accelerator.backward(loss * self.accelerator.num_processes)  # DDP takes the mean over ranks
 
     def step(self, learning_rate: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rates(self._optimizer.param_groups, learning_rate)
         if self._max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self._wrapped.parameters(), self._max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def skip(self) -> None:
+        self._optimizer.zero_grad()
+
+    def fragments(self) -> dict[str, torch.Tensor]:
+        return {name: part.cpu().clone() for name, part in trained_parts(self.module).items()}
+
+    def restore(self, fragments: dict[str, torch.Tensor]) -> None:
+        for name, part in trained_parts(self.module).items():
+            part.copy_(fragments[name])
 
     def describe(self) -> ExecutionPlan:
         kind = self.accelerator.distributed_type.value
@@ -232,9 +255,28 @@ class DeepSpeedEngine:
         self._engine.backward(loss * self.accelerator.num_processes, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> None:
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rates(self._engine.optimizer.param_groups, learning_rate)
         self._engine.step()
+
+    def skip(self) -> None:
+        # ZeRO gives up a step whose gradient norm is not finite, in any precision, and clears what it has gathered of
+        # it: the one way to do so that its stages share. They agree on the norm by themselves.
+        self._engine.step()
+        if not self._engine.optimizer.overflow:
+            raise SpecError(
+                "a loss that is not finite has finite gradients, so ZeRO took the step and did not skip it",
+                code="loss-not-finite",
+                field="train.on_nonfinite",
+                hint="lower the learning rate, or add warmup_steps",
+            )
+
+    def fragments(self) -> dict[str, torch.Tensor]:
+        return {name: part.cpu().clone() for name, part in trained_parts(self.module).items()}
+
+    def restore(self, fragments: dict[str, torch.Tensor]) -> None:
+        self._engine.empty_partition_cache()  # ZeRO-3 keeps small parameters whole beside its part of them
+        for name, part in trained_parts(self.module).items():
+            part.copy_(fragments[name])
 
     def describe(self) -> ExecutionPlan:
         live = self._engine
@@ -268,6 +310,21 @@ class DeepSpeedEngine:
         return sum(master.numel() * master.element_size() for master in masters)
 
 
+def trained_parts(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What this rank holds of each trained weight: its part under ZeRO-3, else all of it. They are the live tensors."""
+    return {
+        name: getattr(parameter, "ds_tensor", parameter).detach()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def set_rates(groups: list[dict[str, Any]], learning_rate: float) -> None:
+    """The step's rate for every parameter group, by the group's layer."""
+    for group in groups:
+        group["lr"] = learning_rate * group[RATE_FACTOR]
+
+
 def _partitions(optimizer: Any) -> int:
     """The ZeRO stage that the optimizer object itself is of."""
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -277,16 +334,6 @@ def _partitions(optimizer: Any) -> int:
         return 3
     assert isinstance(optimizer, DeepSpeedZeroOptimizer), type(optimizer)
     return 2 if optimizer.partition_gradients else 1
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of AdamW's two moments in `optimizer`."""
-    return sum(
-        state[moment].numel() * state[moment].element_size()
-        for state in optimizer.state.values()
-        for moment in ("exp_avg", "exp_avg_sq")
-        if moment in state
-    )
 
 
 def peak_bytes(device: torch.device) -> int:

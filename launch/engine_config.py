@@ -61,9 +61,9 @@ def deepspeed_config(optim: OptimSpec | None, plan: ExecutionPlan) -> dict[str, 
         "fp16": {"enabled": plan.precision == "fp16"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        # On CUDA an offloaded optimizer is DeepSpeedCPUAdam; on CPU nothing moves and torch's own AdamW is as good,
-        # without compiling an extension.
-        "zero_force_ds_cpu_optimizer": plan.device == "cuda",
+        # On CUDA an offloaded AdamW is DeepSpeedCPUAdam; on CPU nothing moves and torch's own AdamW is as good,
+        # without compiling an extension. Any other optimizer would silently be replaced by Adam, or refused.
+        "zero_force_ds_cpu_optimizer": plan.device == "cuda" and (optim is None or optim.optimizer == "adamw"),
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }

@@ -14,6 +14,7 @@ from launch.config import TrainSpec
 from launch.contract import ProgressLine
 from launch.engine import Engine
 from launch.model import whole
+from launch.report import ClassReport
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "datasets")
 
@@ -23,10 +24,15 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     spec: TrainSpec,
     metrics: dict[str, float],
+    classes: ClassReport | None,
     curve: list[ProgressLine],
     output: Path,
+    *,
+    step: int,
 ) -> None:
     """Write the model directory `output`, whole or not at all; an older one there is replaced. All ranks call it.
+
+    The weights are the engine's, which are those of `step`.
 
     With an adapter, the weights are the adapter's alone and the directory is one that peft loads.
 
@@ -40,7 +46,7 @@ def export(
         unfinished.mkdir(parents=True)
         engine.module.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
-        write_report(unfinished, spec, metrics, curve)
+        write_report(unfinished, spec, metrics, classes, curve, step)
         _put_in_place(unfinished, output)
     if engine.accelerator.num_processes > 1:
         torch.distributed.barrier()
@@ -76,16 +82,24 @@ def _put_in_place(unfinished: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_report(directory: Path, spec: TrainSpec, metrics: dict[str, float], curve: list[ProgressLine]) -> None:
+def write_report(
+    directory: Path,
+    spec: TrainSpec,
+    metrics: dict[str, float],
+    classes: ClassReport | None,
+    curve: list[ProgressLine],
+    step: int,
+) -> None:
     """README.md, metrics.json, job.json, versions.json and the training curve as data and as a picture."""
     versions = {package: version(package) for package in PACKAGES}
-    (directory / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    measured = {**metrics, **(classes.as_dict() if classes else {})}
+    (directory / "metrics.json").write_text(json.dumps(measured, indent=2) + "\n")
     (directory / "job.json").write_text(spec.model_dump_json(indent=2) + "\n")
     (directory / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
     lines = [line.model_dump_json(exclude_none=True) for line in curve]
     (directory / "training-curve.jsonl").write_text("".join(line + "\n" for line in lines))
     plot_curve(curve, directory / "training-curve.png")
-    (directory / "README.md").write_text(model_card(spec, metrics, curve, versions))
+    (directory / "README.md").write_text(model_card(spec, metrics, classes, curve, versions, step))
 
 
 def plot_curve(curve: list[ProgressLine], path: Path) -> None:
@@ -109,7 +123,14 @@ def plot_curve(curve: list[ProgressLine], path: Path) -> None:
     pyplot.close(figure)
 
 
-def model_card(spec: TrainSpec, metrics: dict[str, float], curve: list[ProgressLine], versions: dict[str, str]) -> str:
+def model_card(
+    spec: TrainSpec,
+    metrics: dict[str, float],
+    classes: ClassReport | None,
+    curve: list[ProgressLine],
+    versions: dict[str, str],
+    step: int,
+) -> str:
     """Markdown with the front matter that model hubs read."""
     base = (
         Path(spec.model.name_or_path).name if Path(spec.model.name_or_path).is_absolute() else spec.model.name_or_path
@@ -126,6 +147,7 @@ def model_card(spec: TrainSpec, metrics: dict[str, float], curve: list[ProgressL
         "---",
     ]
     steps = f"{last.step} steps, {last.samples} samples, " if last else ""
+    best = f" The weights are those of step {step}, the best evaluation." if optim.keep_best else ""
     adapter = f"LoRA r={spec.adapter.r}, alpha={spec.adapter.alpha:g}" if spec.adapter else "all weights"
     return "\n".join(
         [
@@ -134,13 +156,14 @@ def model_card(spec: TrainSpec, metrics: dict[str, float], curve: list[ProgressL
             f"# {spec.name}",
             "",
             f"`{base}`, fine-tuned for {spec.model.task}: {steps}global batch {optim.global_batch_size}, "
-            f"learning rate {optim.learning_rate:g} ({optim.schedule}), {optim.precision}, {adapter}, "
-            f"seed {optim.seed}.",
+            f"{optim.optimizer}, learning rate {optim.learning_rate:g} ({optim.schedule}), {optim.precision}, "
+            f"{adapter}, seed {optim.seed}.{best}",
             "",
             "| metric (held-out data) | value |",
             "| --- | --- |",
             measured,
             "",
+            *([*classes.as_markdown(), ""] if classes else []),
             "![training curve](training-curve.png)",
             "",
             "The complete job is in `job.json`. Made with "

@@ -1,24 +1,87 @@
-"""Losses summed over rows or target tokens, and how many there are: the loop divides by the global batch's number."""
+"""Losses summed over rows or target tokens, and what they are a mean over: the loop divides by the batch's sum."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
 import torch
 from torch.nn import functional
 
 from launch.config import Task
 from launch.data import IGNORED, Batch, Rows
+from launch.errors import SpecError
 from launch.sampler import Indices
 
 
-def row_losses(logits: torch.Tensor, batch: Batch, task: Task) -> torch.Tensor:
-    """Cross-entropy of each row in fp32, shape (rows,): of its class, or summed over its target tokens."""
+def row_losses(
+    logits: torch.Tensor,
+    batch: Batch,
+    task: Task,
+    *,
+    class_weights: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Cross-entropy of each row in fp32, shape (rows,): of its class, or summed over its target tokens.
+
+    With class weights w, C classes and smoothing e, a row of class y has the loss
+
+        (1 - e) * w[y] * -log p[y]  +  e / C * sum over c of w[c] * -log p[c]
+
+    and divided by the sum of w[y] over the global batch (loss_terms) that is torch.nn.CrossEntropyLoss of it.
+    """
     if task == "sequence-classification":
-        return functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+        return functional.cross_entropy(
+            logits.float(), batch.targets, weight=class_weights, reduction="none", label_smoothing=label_smoothing
+        )
     predicted = logits[:, :-1].float().transpose(1, 2)  # position t predicts token t + 1
-    losses = functional.cross_entropy(predicted, batch.targets[:, 1:], reduction="none", ignore_index=IGNORED)
+    losses = functional.cross_entropy(
+        predicted, batch.targets[:, 1:], reduction="none", ignore_index=IGNORED, label_smoothing=label_smoothing
+    )
     return losses.sum(dim=1)
 
 
-def loss_terms(rows: Rows, chosen: Indices, task: Task) -> int:
-    """How many terms the loss of `chosen` is a mean over. Every rank can count those of all ranks."""
-    return len(chosen) if task == "sequence-classification" else rows.targets(chosen)
+def loss_terms(rows: Rows, chosen: Indices, task: Task, class_weights: torch.Tensor | None = None) -> float:
+    """What the loss of `chosen` is a mean over: rows, their weights, or target tokens. Every rank can add up those of
+    all ranks, since it knows all of the batch."""
+    if task == "causal-lm":
+        return rows.targets(chosen)
+    if class_weights is None:
+        return len(chosen)
+    return float(class_weights.double().cpu()[torch.from_numpy(rows.labels[chosen])].sum())
+
+
+def weights_of_classes(
+    wish: Literal["balanced"] | Mapping[str, float] | None, rows: Rows, labels: Sequence[str]
+) -> torch.Tensor | None:
+    """The weight of each class, shape (classes,) in fp32; None where all rows count the same.
+
+    `balanced` is scikit-learn's: rows / (classes * rows of the class), over the training rows.
+
+    Raises:
+        SpecError: a weight for a label that there is not, or a class without training rows to balance.
+    """
+    if wish is None:
+        return None
+    if wish == "balanced":
+        counts = np.bincount(rows.labels, minlength=len(labels))
+        if not counts.all():
+            raise SpecError(
+                f"no training row has the label {labels[int(counts.argmin())]!r}, so it has no balanced weight",
+                code="empty-class",
+                field="train.class_weights",
+                hint="split with `stratify: true`, or give the weights as a mapping",
+            )
+        return torch.from_numpy(len(rows) / (len(labels) * counts)).float()
+    for label in wish:
+        if label not in labels:
+            near = difflib.get_close_matches(label, labels, n=1)
+            raise SpecError(
+                f"class_weights names the label {label!r}, which no row has",
+                code="unknown-label",
+                field=f"train.class_weights.{label}",
+                hint=(f"did you mean {near[0]!r}? " if near else "") + f"the classes are: {', '.join(labels)}",
+            )
+    return torch.tensor([wish.get(label, 1.0) for label in labels])

@@ -7,8 +7,9 @@ import sys
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from launch.config import Metric, Task
 from launch.data import Rows, collate
@@ -17,8 +18,17 @@ from launch.losses import loss_terms, row_losses
 from launch.sampler import rank_micro_batches
 
 
-def evaluate(engine: Engine, rows: Rows, task: Task, batch_size: int, pad_token_id: int) -> dict[str, float]:
-    """Metrics of `rows`, the same on every rank: loss, then accuracy and f1_macro, or perplexity.
+class Evaluation(NamedTuple):
+    """The same on every rank."""
+
+    metrics: dict[str, float]
+    """loss (plain cross-entropy), then accuracy, f1_macro and mcc, or perplexity."""
+    predicted: npt.NDArray[np.int64] | None = None
+    """sequence-classification: the class that each row was taken for."""
+
+
+def evaluate(engine: Engine, rows: Rows, task: Task, batch_size: int, pad_token_id: int) -> Evaluation:
+    """Measure `rows`.
 
     Each rank writes what it found into vectors as long as the data, zero elsewhere, and their sum over ranks is the
     whole: nothing is padded, repeated or out of order. Dummy batches only keep ZeRO-3's gathers in step.
@@ -41,13 +51,17 @@ def evaluate(engine: Engine, rows: Rows, task: Task, batch_size: int, pad_token_
     found = sum_over_ranks(engine, found)
     loss = float(found[0].sum()) / loss_terms(rows, everything, task)
     if causal:
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        return Evaluation({"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
     predicted = found[1].long().numpy()
-    return {
-        "loss": loss,
-        "accuracy": float(accuracy_score(rows.labels, predicted)),
-        "f1_macro": float(f1_score(rows.labels, predicted, average="macro", zero_division=0)),
-    }
+    return Evaluation(
+        {
+            "loss": loss,
+            "accuracy": float(accuracy_score(rows.labels, predicted)),
+            "f1_macro": float(f1_score(rows.labels, predicted, average="macro", zero_division=0)),
+            "mcc": float(matthews_corrcoef(rows.labels, predicted)),
+        },
+        predicted,
+    )
 
 
 def sum_over_ranks(engine: Engine, values: torch.Tensor) -> torch.Tensor:
@@ -57,6 +71,11 @@ def sum_over_ranks(engine: Engine, values: torch.Tensor) -> torch.Tensor:
     shared = values.to(engine.accelerator.device)
     torch.distributed.all_reduce(shared)
     return shared.cpu()
+
+
+def sign_of(metric: Metric) -> float:
+    """1 where less is better, -1 where more is."""
+    return 1.0 if metric in ("loss", "perplexity") else -1.0
 
 
 class EarlyStopState(NamedTuple):
@@ -71,7 +90,7 @@ class EarlyStop:
 
     def __init__(self, metric: Metric, patience: int, min_delta: float) -> None:
         self._metric = metric
-        self._sign = 1.0 if metric in ("loss", "perplexity") else -1.0
+        self._sign = sign_of(metric)
         self._patience = patience
         self._min_delta = min_delta
         self.state = EarlyStopState(best=sys.float_info.max, since_best=0)

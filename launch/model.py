@@ -23,6 +23,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from launch.config import AdapterSpec, ModelSpec, TrainSpec
 from launch.errors import SpecError
+from launch.layers import freeze
 
 AUTO_CLASSES = {
     "sequence-classification": AutoModelForSequenceClassification,
@@ -55,12 +56,13 @@ def build_model(spec: TrainSpec, labels: tuple[str, ...], pad_token_id: int, *, 
     """The model in fp32 on the CPU, or sharded as it loads where ZeRO-3 has been configured before.
 
     Raises:
-        SpecError: it cannot be loaded, or the adapter does not fit it.
+        SpecError: it cannot be loaded, or the adapter or what is to be frozen does not fit it.
     """
     model, missing = load_model(spec.model, labels, pad_token_id)
     initialise(model, missing, spec.train.seed)
     if spec.adapter is not None:
         model = add_adapter(model, spec.adapter, spec.model.task, missing, spec.train.seed)
+    freeze(model, spec.train.freeze)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.model.task == "causal-lm":
@@ -184,7 +186,7 @@ def add_adapter(
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups for AdamW: matrices decay; biases and norm weights, all vectors, do not."""
+    """Trainable parameters in two groups: matrices decay; biases and norm weights, all vectors, do not."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if len(shape_of(p)) > 1], "weight_decay": weight_decay},

@@ -54,6 +54,12 @@ class Progress:
             )
         )
 
+    def skipped(self, step: int, steps: int, samples: int, count: int) -> None:
+        """Step `step` was left out, the `count`-th so far."""
+        self.write(
+            ProgressLine(time=time.time(), phase="train", step=step, steps=steps, samples=samples, skipped=count)
+        )
+
     def evaluation(self, step: int, steps: int, samples: int, metrics: dict[str, float]) -> None:
         self.write(
             ProgressLine(time=time.time(), phase="evaluate", step=step, steps=steps, samples=samples, metrics=metrics)

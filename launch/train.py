@@ -9,20 +9,25 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 
+from launch.best import Best
 from launch.checkpoint import same_topology as checkpoint
 from launch.config import TrainSpec
 from launch.contract import AttemptFiles, ExitCode, RankResult, RunContract, TrainSummary
-from launch.data import Corpus, Rows, collate, load_corpus, sampler_for
+from launch.data import Batch, Corpus, Rows, collate, load_corpus, sampler_for
 from launch.engine import Engine, build_engine, make_accelerator, peak_bytes
 from launch.errors import ContractError, DataError, SpecError
 from launch.export import export
-from launch.losses import loss_terms, row_losses
-from launch.metrics import EarlyStop, evaluate, sum_over_ranks
+from launch.losses import loss_terms, row_losses, weights_of_classes
+from launch.metrics import EarlyStop, Evaluation, evaluate, sum_over_ranks
 from launch.model import build_model, load_tokenizer
 from launch.progress import Progress
+from launch.report import ClassReport, class_report
 from launch.sampler import Indices, micro_steps, rank_micro_batches
-from launch.schedule import learning_rate
+from launch.schedule import rate_at
 from launch.stop import StopWish
+
+MAX_SKIPPED = 10
+"""Steps in a row whose loss may be not finite, with `on_nonfinite: skip`."""
 
 
 def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish) -> tuple[ExitCode, RankResult]:
@@ -57,9 +62,10 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
         loop.save()
         return ExitCode.STOPPED, loop.result(None, None)
 
-    metrics = loop.final_metrics()
+    step = loop.take_best()
+    metrics, classes = loop.final_metrics()
     progress.phase("export", loop.step, loop.steps, loop.consumed)
-    export(engine, tokenizer, spec, metrics, progress.curve, Path(contract.output_dir))
+    export(engine, tokenizer, spec, metrics, classes, progress.curve, Path(contract.output_dir), step=step)
     for tracker in accelerator.trackers:
         tracker.finish()
     progress.phase("done", loop.step, loop.steps, loop.consumed)
@@ -94,6 +100,9 @@ class Loop:
         self.fingerprint, self.checkpoint_dir = fingerprint, Path(contract.checkpoint_dir)
         early = self.optim.early_stopping
         self.early_stop = EarlyStop(early.metric, early.patience, early.min_delta) if early else None
+        self.best = Best(engine, early.metric if early else "loss") if self.optim.keep_best else None
+        weights = weights_of_classes(self.optim.class_weights, corpus.train, corpus.labels)
+        self.class_weights = weights.to(engine.accelerator.device) if weights is not None else None
         self.saved_at = 0
         self.steps = self.optim.max_steps or self.sampler.steps_for(self.optim.epochs or 1)
         self.step = 0
@@ -101,6 +110,7 @@ class Loop:
         self.losses: list[float] = []
         self.first_step_at: float | None = None
         self.stopped_early = False
+        self.skipped = self.skipped_in_a_row = 0
         wanted = micro_steps(self.optim.global_batch_size, self.plan.world_size, self.plan.micro_batch_size)
         if self.plan.gradient_accumulation_steps != wanted:
             raise ContractError(
@@ -113,11 +123,12 @@ class Loop:
     def run(self) -> bool:
         """Train to the last step; True if the ranks agreed to stop before it."""
         held_out = self.corpus.validation or self.corpus.test
-        if self.early_stop is not None and held_out is None:
+        if held_out is None and (self.early_stop is not None or self.best is not None):
+            name = "early_stopping" if self.early_stop is not None else "keep_best"
             raise SpecError(
-                "early stopping has nothing to look at: there is neither validation nor test data",
+                f"{name} has nothing to look at: there is neither validation nor test data",
                 code="no-held-out-data",
-                field="train.early_stopping",
+                field=f"train.{name}",
                 hint="add data.validation, or data.split.validation",
             )
         self.engine.module.train()
@@ -126,8 +137,10 @@ class Loop:
             stop_agreed = self.train_step()
             if stop_agreed and self.step < self.steps:
                 return True
-            if held_out is not None and self.optim.eval_every and self.step % self.optim.eval_every == 0:
-                metrics = self.evaluated(held_out)
+            if held_out is not None and self.is_time_to_evaluate():
+                metrics = self.evaluated(held_out).metrics
+                if self.best is not None:
+                    self.best.sees(metrics, self.step)
                 if self.early_stop is not None and self.early_stop.sees(metrics):
                     self.stopped_early = True
                     break
@@ -135,14 +148,26 @@ class Loop:
                 self.save()
         return False
 
+    def is_time_to_evaluate(self) -> bool:
+        """Every so many steps; the last step's weights, too, may be the best."""
+        every = self.optim.eval_every
+        return every is not None and (self.step % every == 0 or (self.best is not None and self.step == self.steps))
+
+    def take_best(self) -> int:
+        """Give the model the weights to export, and return the step that they are of."""
+        if self.best is None or self.best.state is None:
+            return self.step
+        self.best.restore()
+        return self.best.state.step
+
     def resume(self, directory: Path) -> None:
         """Go on from the newest checkpoint that fits, if the job has checkpoints."""
         if self.spec.checkpoint.every_steps is None:
             return
-        state = checkpoint.resume(self.engine, self.plan, self.fingerprint, directory)
+        state = checkpoint.resume(self.engine, self.plan, self.fingerprint, self.best, directory)
         if state is not None:
             self.step = self.saved_at = state.step
-            self.consumed, self.losses = state.consumed, list(state.losses)
+            self.consumed, self.losses, self.skipped = state.consumed, list(state.losses), state.skipped
             self.progress.curve.extend(state.curve)
             if self.early_stop is not None and state.early_stop is not None:
                 self.early_stop.state = state.early_stop
@@ -161,8 +186,10 @@ class Loop:
             losses=tuple(self.losses),
             early_stop=self.early_stop.state if self.early_stop is not None else None,
             curve=tuple(self.progress.curve),
+            skipped=self.skipped,
+            best=self.best.state if self.best is not None else None,
         )
-        checkpoint.save(self.engine, state, self.checkpoint_dir, self.spec.checkpoint.keep_last)
+        checkpoint.save(self.engine, state, self.best, self.checkpoint_dir, self.spec.checkpoint.keep_last)
         self.saved_at = self.step
 
     def train_step(self) -> bool:
@@ -172,22 +199,18 @@ class Loop:
         """
         rows = self.corpus.train
         batch = self.sampler.batch(self.consumed)
-        rate = learning_rate(
-            self.optim.schedule, self.optim.learning_rate, self.optim.warmup_steps, self.step, self.steps
-        )
-        loss_sum = self.accumulate(rows, batch, loss_terms(rows, batch, self.task))
+        rate = rate_at(self.optim, self.step, self.steps)
+        terms = loss_terms(rows, batch, self.task, self.class_weights)
+        loss_sum = self.accumulate(rows, batch, terms)
         shared = sum_over_ranks(self.engine, torch.tensor([loss_sum, float(self.stop.wished())], dtype=torch.float64))
-        loss = float(shared[0]) / loss_terms(rows, batch, self.task)
-        if not math.isfinite(loss):
-            raise SpecError(
-                f"the loss is {loss} at step {self.step + 1}",
-                code="loss-not-finite",
-                field="train.learning_rate",
-                hint="lower the learning rate, add warmup_steps, or take bf16 or fp32 instead of fp16",
-            )
-        self.engine.step(rate)
+        loss = float(shared[0]) / terms
         self.step += 1
         self.consumed += len(batch)
+        if not math.isfinite(loss):
+            self.skip(loss)
+            return bool(shared[1] > 0)
+        self.engine.step(rate)
+        self.skipped_in_a_row = 0
         self.losses.append(loss)
         self.first_step_at = self.first_step_at or time.time()
         if self.step % self.optim.log_every == 0 or self.step == self.steps:
@@ -197,7 +220,26 @@ class Loop:
                 self.engine.accelerator.log({"train/loss": loss, "train/learning_rate": rate}, step=self.step)
         return bool(shared[1] > 0)
 
-    def accumulate(self, rows: Rows, batch: Indices, terms: int) -> float:
+    def skip(self, loss: float) -> None:
+        """Leave the step out, if the job lets us: its rows are consumed and its learning rate has passed.
+
+        Raises:
+            SpecError: the job does not, or MAX_SKIPPED steps in a row were left out.
+        """
+        self.skipped_in_a_row += 1
+        if self.optim.on_nonfinite == "stop" or self.skipped_in_a_row > MAX_SKIPPED:
+            before = f", after {MAX_SKIPPED} skipped steps" if self.skipped_in_a_row > MAX_SKIPPED else ""
+            raise SpecError(
+                f"the loss is {loss} at step {self.step}{before}",
+                code="loss-not-finite",
+                field="train.learning_rate",
+                hint="lower the learning rate, add warmup_steps, or take bf16 or fp32 instead of fp16",
+            )
+        self.engine.skip()
+        self.skipped += 1
+        self.progress.skipped(self.step, self.steps, self.consumed, self.skipped)
+
+    def accumulate(self, rows: Rows, batch: Indices, terms: float) -> float:
         """Gradient of the mean loss over `batch`; returns the sum of this rank's losses."""
         parts = rank_micro_batches(batch, self.rank, self.plan.world_size, self.plan.micro_batch_size)
         loss_sum = 0.0
@@ -206,23 +248,36 @@ class Loop:
             micro = micro.to(self.engine.accelerator.device)
             with self.engine.micro_step(last=i == len(parts) - 1):
                 logits = self.engine(input_ids=micro.input_ids, attention_mask=micro.attention_mask).logits
-                loss = row_losses(logits, micro, self.task).sum() * (0.0 if part.dummy else 1.0)
+                loss = self.training_losses(logits, micro).sum() * (0.0 if part.dummy else 1.0)
                 self.engine.backward(loss / terms)
             loss_sum += float(loss.detach())
         return loss_sum
 
-    def evaluated(self, rows: Rows) -> dict[str, float]:
+    def training_losses(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return row_losses(
+            logits,
+            batch,
+            self.task,
+            class_weights=self.class_weights,
+            label_smoothing=self.optim.label_smoothing,
+        )
+
+    def evaluated(self, rows: Rows) -> Evaluation:
         size = self.optim.eval_batch_size or 2 * self.plan.micro_batch_size
-        metrics = evaluate(self.engine, rows, self.task, size, self.pad_token_id)
+        evaluation = evaluate(self.engine, rows, self.task, size, self.pad_token_id)
+        metrics = evaluation.metrics
         self.progress.evaluation(self.step, self.steps, self.consumed, metrics)
         if self.spec.trackers:
             self.engine.accelerator.log({f"eval/{name}": value for name, value in metrics.items()}, step=self.step)
-        return metrics
+        return evaluation
 
-    def final_metrics(self) -> dict[str, float]:
-        """Metrics of the finished model: on the test part under their names, else on the validation part."""
+    def final_metrics(self) -> tuple[dict[str, float], ClassReport | None]:
+        """Metrics of the finished model, and a classifier's by class: on the test part, else on the validation part."""
         final = self.corpus.test or self.corpus.validation
-        return self.evaluated(final) if final is not None else {}
+        if final is None:
+            return {}, None
+        metrics, predicted = self.evaluated(final)
+        return metrics, class_report(final.labels, predicted, self.corpus.labels) if predicted is not None else None
 
     def result(self, metrics: dict[str, float] | None, output_dir: str | None) -> RankResult:
         found = self.engine.describe()
@@ -233,6 +288,8 @@ class Loop:
             losses=tuple(self.losses),
             first_step_at=self.first_step_at,
             stopped_early=self.stopped_early,
+            skipped_steps=self.skipped,
+            best_step=self.best.state.step if self.best is not None and self.best.state is not None else None,
         )
         return RankResult(
             engine=found.engine,

@@ -60,6 +60,30 @@ def no_averaging() -> None:
     launch.engine.PlainEngine.micro_step = alone
 
 
+def nan_at_3() -> None:
+    """Not a mistake but bad luck: rank 0's loss in step 3 is not a number; those of the other ranks are."""
+    import launch.train
+
+    losses = launch.train.Loop.training_losses
+
+    def unlucky(loop: launch.train.Loop, *arguments: Any) -> torch.Tensor:
+        return losses(loop, *arguments) * (float("nan") if loop.step == 2 and loop.rank == 0 else 1.0)
+
+    launch.train.Loop.training_losses = unlucky
+
+
+def nan_from_3() -> None:
+    """Rank 0's loss is not a number from step 3 on."""
+    import launch.train
+
+    losses = launch.train.Loop.training_losses
+
+    def unlucky(loop: launch.train.Loop, *arguments: Any) -> torch.Tensor:
+        return losses(loop, *arguments) * (float("nan") if loop.step >= 2 and loop.rank == 0 else 1.0)
+
+    launch.train.Loop.training_losses = unlucky
+
+
 def crash_at_6() -> None:
     """Not a wrong training but a failing one."""
     import launch.train
@@ -76,6 +100,8 @@ def crash_at_6() -> None:
 
 MUTANTS = {
     "crash-at-6": crash_at_6,
+    "nan-at-3": nan_at_3,
+    "nan-from-3": nan_from_3,
     "no-clip": no_clip,
     "no-weight-decay": no_weight_decay,
     "mean-of-means": mean_of_means,

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from launch.best import Best, BestState
 from launch.contract import EngineName, ExecutionPlan, ProgressLine
 from launch.engine import Engine
 from launch.metrics import EarlyStopState
@@ -36,10 +37,12 @@ class LoopState(BaseModel):
     losses: tuple[float, ...]
     early_stop: EarlyStopState | None
     curve: tuple[ProgressLine, ...]
+    skipped: int = 0
+    best: BestState | None = None
 
 
-def save(engine: Engine, state: LoopState, directory: Path, keep_last: int) -> None:
-    """Write weights, optimizer, random state and `state` as `directory/step-N`; all ranks call it.
+def save(engine: Engine, state: LoopState, best: Best | None, directory: Path, keep_last: int) -> None:
+    """Write weights, optimizer, random state, `state` and the best weights as `directory/step-N`; all ranks call it.
 
     The commit is a marker that rank 0 writes after every rank's files are on disk. Then older ones are deleted.
 
@@ -53,6 +56,8 @@ def save(engine: Engine, state: LoopState, directory: Path, keep_last: int) -> N
         unfinished.mkdir(parents=True)
     barrier()
     engine.accelerator.save_state(str(unfinished))
+    if best is not None:
+        best.save(unfinished)
     barrier()
     if not main:
         barrier()
@@ -74,7 +79,9 @@ def save(engine: Engine, state: LoopState, directory: Path, keep_last: int) -> N
     barrier()
 
 
-def resume(engine: Engine, plan: ExecutionPlan, fingerprint: str, directory: Path) -> LoopState | None:
+def resume(
+    engine: Engine, plan: ExecutionPlan, fingerprint: str, best: Best | None, directory: Path
+) -> LoopState | None:
     """Load the newest committed checkpoint that fits, and return where the loop was; None where there is none.
 
     One of another engine, world size or data is passed over, and the log says so. All ranks call it; rank 0 decides.
@@ -92,7 +99,10 @@ def resume(engine: Engine, plan: ExecutionPlan, fingerprint: str, directory: Pat
     if chosen[0] is None:
         return None
     engine.accelerator.load_state(chosen[0])
-    return LoopState.model_validate_json((Path(chosen[0]) / STATE).read_bytes())
+    state = LoopState.model_validate_json((Path(chosen[0]) / STATE).read_bytes())
+    if best is not None:
+        best.load(Path(chosen[0]), state.best)
+    return state
 
 
 def committed(directory: Path) -> list[Path]:

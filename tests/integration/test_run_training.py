@@ -63,7 +63,7 @@ def test_the_last_line_is_the_whole_result(results: dict[str, Any], engine: str)
     assert set(told) >= KEYS
     assert (told["state"], told["attempts"]) == ("succeeded", 1)
     assert (told["engine"], told["zero_stage"], told["world_size"]) == (engine, stage, processes)
-    assert set(told["metrics"]) == {"loss", "accuracy", "f1_macro"}
+    assert set(told["metrics"]) == {"loss", "accuracy", "f1_macro", "mcc"}
     assert told["train"]["steps"] == len(told["train"]["losses"]) == 5
     assert told["train"]["samples"] == 5 * 16
     assert told["train"]["samples_per_s"] > 0

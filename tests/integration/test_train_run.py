@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForSequenceClassification
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews_corrcoef, recall_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -86,12 +86,20 @@ def test_the_model_directory_gives_the_measured_predictions(world: Path, tmp_pat
     loss = torch.nn.functional.cross_entropy(logits(model, test), torch.from_numpy(test.labels))
     assert measured["loss"] == pytest.approx(float(loss), abs=1e-6)
 
-    assert json.loads((output / "metrics.json").read_text()) == measured
+    assert measured["mcc"] == pytest.approx(matthews_corrcoef(test.labels, predicted))
+    written = json.loads((output / "metrics.json").read_text())
+    by_class, confusion = written.pop("per_class"), written.pop("confusion_matrix")
+    assert written == measured
+    assert by_class["spam"]["recall"] == pytest.approx(recall_score(test.labels, predicted))
+    assert by_class["ham"]["support"] == int((test.labels == 0).sum())
+    assert confusion["labels"] == ["ham", "spam"]
+    assert confusion["counts"] == confusion_matrix(test.labels, predicted).tolist()
     assert TrainSpec.model_validate_json((output / "job.json").read_text()) == spec
     assert (output / "training-curve.png").read_bytes().startswith(b"\x89PNG")
     card = (output / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "bert"
     assert "12 steps, 178 samples" in card
+    assert f"| spam | {by_class['spam']['precision']:.4f} | {by_class['spam']['recall']:.4f} |" in card
     assert not list(tmp_path.glob(".model*"))
 
     lines = [ProgressLine.model_validate_json(line) for line in (tmp_path / "rank-0/progress.jsonl").open()]

@@ -72,6 +72,14 @@ def test_deepspeed_is_told_everything(stage: int, device: str, offload: str, pre
     assert json.loads(json.dumps(config)) == config
 
 
+def test_an_offloaded_lion_stays_lion() -> None:
+    """Where DeepSpeed insists on an optimizer of its own, Accelerate quietly makes it CPU Adam."""
+    lion = OptimSpec(max_steps=1, optimizer="lion")
+    it = plan("zero2", "cuda", 2, offload="optimizer")
+    assert deepspeed_config(lion, it)["zero_force_ds_cpu_optimizer"] is False
+    assert deepspeed_config(OPTIM, it)["zero_force_ds_cpu_optimizer"] is True
+
+
 def test_without_clipping_deepspeed_clips_nothing() -> None:
     assert deepspeed_config(None, plan("zero2", "cpu", 2))["gradient_clipping"] == 0.0
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import Accelerator
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from launch.__main__ import exit_code_of
+from launch.config import OptimSpec
 from launch.contract import ExecutionPlan, ExitCode
-from launch.engine import verify
+from launch.engine import build_engine, verify
 from launch.errors import ContractError, DataError, SpecError
 from launch.metrics import EarlyStop
 from launch.model import drawn
@@ -57,6 +60,15 @@ def test_every_difference_from_the_plan_is_refused(change: dict[str, object]) ->
     [name] = change
     with pytest.raises(ContractError, match=name):
         verify(PLAN.model_copy(update=change), PLAN)
+
+
+def test_a_plan_that_would_make_adafactor_something_else_is_refused() -> None:
+    optim = OptimSpec(max_steps=1, optimizer="adafactor")
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    )
+    with pytest.raises(ContractError, match="adafactor needs whole matrices, which zero2"):
+        build_engine(Accelerator(cpu=True), model, PLAN, optim)
 
 
 def test_early_stopping_counts_evaluations_without_improvement() -> None:

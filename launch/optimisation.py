@@ -1,0 +1,130 @@
+"""OptimSpec: the `train` section of a job file. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from launch.errors import Refused
+from launch.section import Names, Section
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Metric = Literal["loss", "accuracy", "f1_macro", "mcc", "perplexity"]
+Optimizer = Literal["adamw", "adafactor", "lion"]
+Schedule = Literal["linear", "cosine", "constant", "wsd"]
+
+DECAY_SHARE = 0.1  # of the steps, for `wsd` where the file does not say
+
+
+class EarlyStopping(Section):
+    """Stop when an evaluation metric no longer gets better."""
+
+    metric: Metric = "loss"
+    patience: int = Field(3, ge=1)
+    """How many evaluations in a row may bring no improvement."""
+    min_delta: float = Field(0.0, ge=0)
+    """A smaller change than this is no improvement."""
+
+
+class OptimSpec(Section):
+    """The optimisation itself. Nothing here depends on how many processes run it."""
+
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; or give `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training data; the last, smaller batch of a pass counts as a step."""
+    global_batch_size: int = Field(16, ge=1)
+    """Rows per optimizer step over all processes: the same for any number of them."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Rows per forward pass of one process; null lets the planner choose. Changes speed and memory only."""
+    eval_batch_size: int | None = Field(None, ge=1)
+    """Rows per forward pass at evaluation; null takes twice the micro-batch."""
+    optimizer: Optimizer = "adamw"
+    """adafactor keeps one number a row and column of a matrix instead of two a weight (single and ddp alone);
+    lion keeps one a weight and wants about a tenth of AdamW's learning rate."""
+    learning_rate: float = Field(5e-5, gt=0)
+    """The peak, after the warm-up."""
+    schedule: Schedule = "linear"
+    """How the learning rate goes down to zero after the warm-up: linear, cosine, not at all (constant), or wsd: it
+    stays (stable), and goes down linearly in the last `decay_steps`."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps in which the rate rises linearly from zero."""
+    warmup_ratio: float | None = Field(None, ge=0, lt=1)
+    """The same as a share of all steps, rounded up; instead of `warmup_steps`."""
+    decay_steps: int | None = Field(None, ge=1)
+    """wsd: steps of the last part."""
+    decay_ratio: float | None = Field(None, gt=0, le=1)
+    """wsd: the same as a share of all steps, rounded up; with neither, a tenth."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Each layer's learning rate is this factor of the one above: the head's is full, the embeddings' the lowest."""
+    freeze: Names = ()
+    """Parameters that stay as they are: patterns such as `*.embeddings.*` (`*`, `?`, `[a-c]`) for their names."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """This share of each target is spread evenly over all classes or tokens. In training alone: held-out loss and
+    perplexity stay plain."""
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """sequence-classification: how much a row of each label counts in the training loss. `balanced` is rows / (classes
+    x rows of the class); in a mapping of label to weight, a label left out counts 1."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Not applied to biases and normalisation weights, as is customary."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    lion_beta1: float = Field(0.9, ge=0, lt=1)
+    lion_beta2: float = Field(0.99, ge=0, lt=1)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Clip the global gradient norm; null does not clip."""
+    precision: Precision = "fp32"
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    group_by_length: bool = True
+    """Batches of rows of like length: less padding, so faster. The order stays a function of the seed."""
+    eval_every: int | None = Field(None, ge=1)
+    """Evaluate every so many steps; null evaluates at the end alone."""
+    log_every: int = Field(1, ge=1)
+    early_stopping: EarlyStopping | None = None
+    keep_best: bool = False
+    """Hand back the weights of the best evaluation instead of the last step's: by `early_stopping.metric`, or by the
+    loss. A copy of the weights is kept in host memory."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When a step's loss is infinite or not a number: fail, or leave the step out (and fail after ten in a row)."""
+
+    @model_validator(mode="after")
+    def _length_is_given_once(self) -> OptimSpec:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise Refused(
+                "`max_steps` and `epochs` are both missing: how long is the training?"
+                if self.epochs is None
+                else "`max_steps` and `epochs` are both given",
+                at=() if self.epochs is None else ("epochs",),
+                hint="add one of them, such as `epochs: 3`" if self.epochs is None else "keep one of the two",
+            )
+        for wish in ("early_stopping", "keep_best"):
+            if getattr(self, wish) and self.eval_every is None:
+                raise Refused(
+                    f"`{wish}` looks at evaluations, and `eval_every` is missing",
+                    at=(wish,),
+                    hint="add `eval_every:`, the steps between two evaluations",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_is_told_once(self) -> OptimSpec:
+        if self.warmup_ratio is not None and self.warmup_steps:
+            raise Refused(
+                "`warmup_steps` and `warmup_ratio` are both given", at=("warmup_ratio",), hint="keep one of the two"
+            )
+        if self.decay_steps is not None and self.decay_ratio is not None:
+            raise Refused(
+                "`decay_steps` and `decay_ratio` are both given", at=("decay_ratio",), hint="keep one of the two"
+            )
+        for name in ("decay_steps", "decay_ratio"):
+            if getattr(self, name) is not None and self.schedule != "wsd":
+                raise Refused(
+                    f"`{name}` is for `schedule: wsd`; {self.schedule} has no such part",
+                    at=(name,),
+                    hint=f"take `schedule: wsd`, or remove `{name}`",
+                )
+        return self
