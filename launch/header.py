@@ -103,6 +103,8 @@ def columns_of(spec: TrainSpec) -> dict[str, str]:
     data = spec.data
     if spec.model.task == "sequence-classification":
         return {"text_column": data.text_column, "label_column": data.label_column}
+    if data.messages_column is not None:
+        return {"messages_column": data.messages_column}
     if data.prompt_column is not None and data.response_column is not None:
         return {"prompt_column": data.prompt_column, "response_column": data.response_column}
     return {"text_column": data.text_column}

@@ -45,8 +45,8 @@ def evaluate(engine: Engine, rows: Rows, task: Task, batch_size: int, pad_token_
     predicted = found[1].long().numpy()
     return {
         "loss": loss,
-        "accuracy": float(accuracy_score(rows.labels, predicted)),
-        "f1_macro": float(f1_score(rows.labels, predicted, average="macro", zero_division=0)),
+        "accuracy": float(accuracy_score(rows.classes, predicted)),
+        "f1_macro": float(f1_score(rows.classes, predicted, average="macro", zero_division=0)),
     }
 
 

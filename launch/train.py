@@ -42,7 +42,7 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     set_seed(spec.train.seed + rank)  # dropout: another mask on each rank
 
     progress.phase("load")
-    tokenizer = load_tokenizer(spec.model)
+    tokenizer = load_tokenizer(spec.model, spec.data.chat_template)
     corpus = load_corpus(spec, tokenizer)
     model = build_model(spec, corpus.labels, int(tokenizer.pad_token_id), checkpointing=plan.activation_checkpointing)
     engine = build_engine(accelerator, model, plan, spec.train)
@@ -90,6 +90,7 @@ class Loop:
         self.engine, self.corpus, self.pad_token_id = engine, corpus, pad_token_id
         self.progress, self.stop = progress, stop
         self.rank = engine.accelerator.process_index
+        self.varlen = spec.data.packing and engine.module.config._attn_implementation == "flash_attention_2"
         self.sampler = sampler_for(corpus.train, self.optim)
         self.fingerprint, self.checkpoint_dir = fingerprint, Path(contract.checkpoint_dir)
         early = self.optim.early_stopping
@@ -202,10 +203,11 @@ class Loop:
         parts = rank_micro_batches(batch, self.rank, self.plan.world_size, self.plan.micro_batch_size)
         loss_sum = 0.0
         for i, part in enumerate(parts):
-            micro = collate(rows, part.rows, self.pad_token_id, causal=self.task == "causal-lm")
-            micro = micro.to(self.engine.accelerator.device)
+            micro = collate(rows, part.rows, self.pad_token_id, causal=self.task == "causal-lm", varlen=self.varlen).to(
+                self.engine.accelerator.device
+            )
             with self.engine.micro_step(last=i == len(parts) - 1):
-                logits = self.engine(input_ids=micro.input_ids, attention_mask=micro.attention_mask).logits
+                logits = self.engine(**micro.inputs()).logits
                 loss = row_losses(logits, micro, self.task).sum() * (0.0 if part.dummy else 1.0)
                 self.engine.backward(loss / terms)
             loss_sum += float(loss.detach())
