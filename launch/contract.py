@@ -166,6 +166,8 @@ class TrainSummary(Record):
     first_step_at: float | None = None
     """Unix time at which the first optimizer step had been taken."""
     stopped_early: bool = False
+    dropped_rows: dict[str, int] = {}
+    """causal-lm: rows of each part left out because no target token lies within data.max_length."""
 
 
 class RankResult(Record):

