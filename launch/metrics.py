@@ -31,7 +31,7 @@ def evaluate(engine: Engine, rows: Rows, task: Task, batch_size: int, pad_token_
     with torch.no_grad():
         for part in rank_micro_batches(everything, accelerator.process_index, accelerator.num_processes, batch_size):
             batch = collate(rows, part.rows, pad_token_id, causal=causal).to(accelerator.device)
-            logits = engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            logits = engine(**batch.inputs()).logits
             if not part.dummy:
                 chosen = torch.from_numpy(part.rows)
                 found[0, chosen] = row_losses(logits, batch, task).double().cpu()
