@@ -20,6 +20,8 @@ class SplitSpec(Section):
     seed: int = 0
     stratify: bool = False
     """Keep each class's share the same in every part (sequence classification)."""
+    group_column: str | None = None
+    """Rows with the same value here stay together in one part: of one person, or with one answer."""
 
     @model_validator(mode="after")
     def _leaves_something(self) -> SplitSpec:
@@ -28,6 +30,12 @@ class SplitSpec(Section):
                 f"test {self.test:g} and validation {self.validation:g} together leave no row for training",
                 at=("test",) if self.test >= self.validation else ("validation",),
                 hint="keep their sum below 1, such as {test: 0.2, validation: 0.1}",
+            )
+        if self.stratify and self.group_column is not None:
+            raise Refused(
+                "`stratify` and `group_column` are both given: whole groups have no fixed share of each class",
+                at=("group_column",),
+                hint="keep one of the two",
             )
         return self
 

@@ -14,22 +14,26 @@ from launch.errors import DataError
 from launch.sampler import Indices, shuffled
 from launch.tables import Columns, read_columns
 
+GROUP = "split.group_column"
+
 
 def split_parts(data: DataSpec, columns: dict[str, str], *, classes: bool) -> dict[str, Columns]:
     """Columns of each part that the job has: `train` always, `validation` and `test` from files or by the split."""
     parts = {"train": read_columns(data.train, columns, "train")}
+    held_out = {field: column for field, column in columns.items() if field != GROUP}  # held-out files are not cut
     for part in ("validation", "test"):
         sources = getattr(data, part)
         if sources is not None:
-            parts[part] = read_columns(sources, columns, part)
+            parts[part] = read_columns(sources, held_out, part)
     for name, part_columns in parts.items():
-        _check_values(part_columns, columns, name)
-    texts = [column for field, column in columns.items() if field != "label_column"]
+        _check_values(part_columns, columns if name == "train" else held_out, name)
+    texts = [column for field, column in held_out.items() if field != "label_column"]
     if data.deduplicate:
         _deduplicate(parts, texts)
     if data.split is not None:
         labels = parts["train"][columns["label_column"]] if classes else None
-        for name, chosen in _cut(len(parts["train"][texts[0]]), labels, data.split).items():
+        groups = parts["train"][columns[GROUP]] if GROUP in columns else None
+        for name, chosen in _cut(len(parts["train"][texts[0]]), labels, groups, data.split).items():
             source = parts.pop("train") if name == "rest" else parts["train"]
             parts["train" if name == "rest" else name] = _select(source, chosen)
     return parts
@@ -47,7 +51,7 @@ def _check_values(part: Columns, columns: dict[str, str], name: str) -> None:
                 )
             if field == "messages_column":
                 part[column][row] = checked(value, row + 1, name, column)
-            elif field != "label_column" and not isinstance(value, str):
+            elif field not in ("label_column", GROUP) and not isinstance(value, str):
                 raise DataError(
                     f"row {row + 1} of data.{name}: `{column}` is {type(value).__name__}, not text",
                     code="not-text",
@@ -76,9 +80,20 @@ def _deduplicate(parts: dict[str, Columns], texts: Sequence[str]) -> None:
         )
 
 
-def _cut(rows: int, labels: list[Any] | None, split: SplitSpec) -> dict[str, Indices]:
-    """Row numbers of the parts cut off, and of the `rest` last; each in the order of the source."""
+def _cut(rows: int, labels: list[Any] | None, groups_of: list[Any] | None, split: SplitSpec) -> dict[str, Indices]:
+    """Row numbers of the parts cut off, and of the `rest` last; each in the order of the source.
+
+    Of whole groups, each part takes the next in a shuffled order until it has its share.
+    """
     order = shuffled(rows, "split", split.seed)
+    whole: list[Indices] = []
+    if groups_of is not None:
+        members: dict[str, list[int]] = {}
+        for row, value in enumerate(groups_of):
+            members.setdefault(json.dumps(value, default=str), []).append(row)
+        named = list(members.values())
+        whole = [np.asarray(named[group]) for group in shuffled(len(named), "split", split.seed)]
+        order = np.concatenate(whole)
     if split.stratify and labels is not None:
         names = [str(label) for label in labels]
         groups = [order[[names[row] == name for row in order]] for name in sorted(set(names))]
@@ -87,7 +102,11 @@ def _cut(rows: int, labels: list[Any] | None, split: SplitSpec) -> dict[str, Ind
     cut: dict[str, list[Indices]] = {"test": [], "validation": [], "rest": []}
     for group in groups:
         tests, validations = round(len(group) * split.test), round(len(group) * split.validation)
-        for name, chosen in zip(cut, np.split(group, [tests, tests + validations]), strict=True):
+        borders = np.asarray([tests, tests + validations])
+        if whole:  # a group that a border runs through belongs to the part before it
+            ends = np.concatenate([[0], np.cumsum([len(rows_of) for rows_of in whole])])
+            borders = ends[np.searchsorted(ends, borders)]
+        for name, chosen in zip(cut, np.split(group, borders), strict=True):
             cut[name].append(chosen)
     result = {}
     for name, share in (("test", split.test), ("validation", split.validation), ("rest", 1.0)):

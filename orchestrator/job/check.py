@@ -113,8 +113,8 @@ def _models_in(folder: Path) -> str | None:
 
 def _data(job: TrainingJob, document: Document) -> list[SpecError]:
     errors = []
-    columns = columns_of(job)
     for part in ("train", "validation", "test"):
+        columns = columns_of(job, part)
         for index, name in enumerate(getattr(job.data, part) or ()):
             written = document.data.get("data", {}).get(part)
             where: FieldPath = ("data", part, index) if isinstance(written, list) else ("data", part)
