@@ -215,6 +215,7 @@ def test_dialogues_come_out_of_every_kind_of_file(tmp_path: Path, llama: Path) -
             model={"task": "causal-lm"},
             data={
                 "split": None,
+                "max_length": 96,
                 "messages_column": "messages",
                 "deduplicate": True,
                 "chat_template": str(tmp_path / "template.jinja"),
