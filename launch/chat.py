@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -152,11 +153,17 @@ def _tokenized(text: str, tokenizer: PreTrainedTokenizerBase, *, offsets: bool =
 
 
 def _end_of_turn(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Where the turn that begins at `start` and ends `text` ends for the model: white space after a special token
-    is never generated, since generation stops at that token."""
+    """Where the turn that begins at `start` and ends `text` ends for the model: white space after the token that
+    ends a turn is never generated, since generation stops there."""
     bare = text.rstrip()
-    ends = len(bare) > start and any(bare.endswith(token) for token in tokenizer.all_special_tokens)
-    return len(bare) if ends else len(text)
+    return len(bare) if len(bare) > start and bare.endswith(_marks(tokenizer)) else len(text)
+
+
+@lru_cache(maxsize=1)  # reading them takes longer than a short dialogue, and one tokenizer reads all of them
+def _marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Tokens that the tokenizer cuts out before all others. Not every model names the end of a turn among its
+    special tokens."""
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values())
 
 
 def _inside(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from launch.chat import Message, checked, encode
 from launch.errors import DataError
@@ -49,7 +49,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tokenizer_with(llama: Path, template: str) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(llama)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
+    assert "<|im_end|>" not in tokenizer.all_special_tokens, "as in many models"
     tokenizer.chat_template = template
     return tokenizer
 
