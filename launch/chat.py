@@ -69,7 +69,7 @@ def checked(value: Any, row: int, part: str, column: str) -> list[Message]:
 def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, where: str, *, answers: bool) -> Tokens:
     """The tokens of a dialogue; learned are the assistant's turns, with the token that ends each, or all tokens.
 
-    `where` names the row in errors.
+    `where` names the dialogue in errors.
 
     Raises:
         DataError: the template refuses the dialogue, or what it writes does not tell the answers apart.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from launch.chat import Tokens, encode
+from launch.chat import Message, Tokens, encode
 from launch.config import DataSpec, OptimSpec, TrainSpec
 from launch.errors import DataError
 from launch.header import columns_of
@@ -219,10 +219,13 @@ def _encoded(part: Columns, data: DataSpec, tokenizer: PreTrainedTokenizerBase, 
             field="data.messages_column",
             hint="name a file with one as data.chat_template",
         )
-    return [
-        encode(dialogue, tokenizer, f"row {row} of data.{name}", answers=answers)
-        for row, dialogue in enumerate(dialogues, start=1)
-    ]
+    return [encode(dialogue, tokenizer, _named(dialogue, name), answers=answers) for dialogue in dialogues]
+
+
+def _named(dialogue: list[Message], name: str) -> str:
+    """A dialogue as errors name it: by its beginning, since after a split its number is not that in the file."""
+    opening = next((message["content"] for message in dialogue if message["role"] != "system"), "")
+    return f"the dialogue of the {name} part that begins with {opening[:60]!r}"
 
 
 def _continued(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase, *, answers: bool) -> Tokens:

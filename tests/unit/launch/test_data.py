@@ -229,6 +229,10 @@ def test_dialogues_come_out_of_every_kind_of_file(tmp_path: Path, llama: Path) -
     with pytest.raises(DataError) as caught:
         load_corpus(spec, load_tokenizer(spec.model))
     assert caught.value.code == "no-chat-template"
+    tokenizer.chat_template = "{{ raise_exception('no') if messages[0].content == 'ok' else 'a' }}"
+    with pytest.raises(DataError, match="the train part that begins with 'ok': the chat template refuses") as caught:
+        load_corpus(everything, tokenizer)
+    assert caught.value.code == "template-refuses"
 
 
 def test_rows_whose_answers_are_cut_off_are_counted(tmp_path: Path, llama: Path) -> None:
