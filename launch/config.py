@@ -13,11 +13,12 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
+from launch.data_spec import DataSpec, SplitSpec
 from launch.document import Document
 from launch.errors import Refused, SpecErrors
 from launch.explain import explain
 from launch.optimisation import EarlyStopping, Metric, OptimSpec, Precision
-from launch.section import Names, Section
+from launch.section import Section
 
 __all__ = [
     "AdapterSpec",
@@ -72,72 +73,17 @@ class AdapterSpec(Section):
     """Rank of the update."""
     alpha: float = Field(16, gt=0)
     """The update is scaled by alpha / r."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead: larger ranks then learn as fast as small ones."""
+    use_dora: bool = False
+    """Train the length of each weight column apart from its direction (DoRA); not with ZeRO-3."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: Literal["auto"] | tuple[str, ...] = "auto"
-    """Names of the linear modules that get an adapter; `auto` takes every linear layer but the head."""
-
-
-class SplitSpec(Section):
-    """Cuts held-out parts from the training data, after deduplication, by a seeded shuffle."""
-
-    test: float = Field(0.0, ge=0, lt=1)
-    """Share of the rows kept for the final metrics."""
-    validation: float = Field(0.0, ge=0, lt=1)
-    """Share of the rows used for evaluation while training and for early stopping."""
-    seed: int = 0
-    stratify: bool = False
-    """Keep each class's share the same in every part (sequence classification)."""
-
-    @model_validator(mode="after")
-    def _leaves_something(self) -> SplitSpec:
-        if self.test + self.validation >= 1:
-            raise Refused(
-                f"test {self.test:g} and validation {self.validation:g} together leave no row for training",
-                at=("test",) if self.test >= self.validation else ("validation",),
-                hint="keep their sum below 1, such as {test: 0.2, validation: 0.1}",
-            )
-        return self
-
-
-class DataSpec(Section):
-    """Where rows come from and which columns matter."""
-
-    train: Names = Field(min_length=1)
-    """CSV, TSV, JSONL or Parquet files, a directory written by `datasets.save_to_disk`, or a hub id."""
-    validation: Names | None = None
-    test: Names | None = None
-    """Held-out files; null where `split` cuts them from `train`."""
-    split: SplitSpec | None = None
-    text_column: str = "text"
-    """The text (sequence classification), or the whole training text (causal-lm without prompt_column)."""
-    label_column: str = "label"
-    """The class (sequence classification). Classes are numbered in sorted order."""
-    prompt_column: str | None = None
-    """causal-lm: what the model is given. With response_column; the loss is on the response alone."""
-    response_column: str | None = None
-    deduplicate: bool = False
-    """Drop repeated texts before splitting, so that none stands on both sides."""
-    max_length: int = Field(512, ge=2)
-    """Longer rows are truncated to this many tokens."""
-
-    @model_validator(mode="after")
-    def _parts_fit_together(self) -> DataSpec:
-        if (self.prompt_column is None) != (self.response_column is None):
-            given, other = ("prompt", "response") if self.prompt_column is not None else ("response", "prompt")
-            raise Refused(
-                f"`{given}_column` is given without `{other}_column`",
-                at=(f"{given}_column",),
-                hint=f"add `{other}_column`, or name the whole text with `text_column`",
-            )
-        if self.split is not None:
-            for part in ("test", "validation"):
-                if getattr(self, part) is not None and getattr(self.split, part) > 0:
-                    raise Refused(
-                        f"`data.{part}` names files and `data.split.{part}` cuts rows from `data.train`",
-                        at=("split", part),
-                        hint="keep one of the two",
-                    )
-        return self
+    target_modules: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
+    """Names of the linear modules that get an adapter; `auto` and `all-linear` take every one but the head."""
+    modules_to_save: tuple[str, ...] = ()
+    """Names of modules that are trained whole and saved beside the adapter."""
+    merge: bool = False
+    """Write the whole model with the adapter merged into its weights, instead of the adapter alone."""
 
 
 class CheckpointSpec(Section):
@@ -191,12 +137,8 @@ class TrainSpec(EngineChoice):
 
     @model_validator(mode="after")
     def _task_fits(self) -> TrainSpec:
-        if self.model.task == "sequence-classification" and self.data.prompt_column is not None:
-            raise Refused(
-                "`data.prompt_column` is for causal-lm; sequence-classification reads `text_column`",
-                at=("data", "prompt_column"),
-                hint="take `task: causal-lm`, or `text_column` and `label_column`",
-            )
+        if self.model.task == "sequence-classification":
+            self._is_classification()
         _check_task(self.train, self.model.task, self.adapter)
         if self.train.optimizer == "adafactor" and self.strategy in ("zero1", "zero2", "zero3"):
             raise Refused(
@@ -205,6 +147,20 @@ class TrainSpec(EngineChoice):
                 hint="take `strategy: ddp` (adafactor's state is small anyway), or the optimizer adamw or lion",
             )
         return self
+
+    def _is_classification(self) -> None:
+        for key in ("prompt_column", "messages_column"):
+            if getattr(self.data, key) is not None:
+                raise Refused(
+                    f"`data.{key}` is for causal-lm; sequence-classification reads `text_column`",
+                    at=("data", key),
+                    hint="take `task: causal-lm`, or `text_column` and `label_column`",
+                )
+        for at, asked in ((("data", "packing"), self.data.packing), (("train", "samples"), self.train.samples > 0)):
+            if asked:
+                raise Refused(
+                    f"`{'.'.join(at)}` is for causal-lm", at=at, hint="leave it out, or take `task: causal-lm`"
+                )
 
 
 def _check_task(train: OptimSpec, task: Task, adapter: AdapterSpec | None) -> None:
@@ -289,6 +245,8 @@ def resolve_paths(spec: TrainSpec, base: Path) -> TrainSpec:
     data = spec.data.model_copy(
         update={part: files(getattr(spec.data, part)) for part in ("train", "validation", "test")}
     )
+    if data.chat_template is not None:
+        data = data.model_copy(update={"chat_template": str(local_path(base, data.chat_template))})
     model = spec.model.model_copy(update={"name_or_path": absolute(spec.model.name_or_path)})
     output = None if spec.output_dir is None else str(local_path(base, spec.output_dir))
     return spec.model_copy(update={"data": data, "model": model, "output_dir": output})

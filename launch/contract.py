@@ -170,6 +170,8 @@ class TrainSummary(Record):
     """Steps left out because their loss was not finite; they are among `steps`, and have no loss."""
     best_step: int | None = None
     """With train.keep_best: the step whose weights were exported."""
+    dropped_rows: dict[str, int] = {}
+    """causal-lm: rows of each part left out because no target token lies within data.max_length."""
 
 
 class RankResult(Record):

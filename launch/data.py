@@ -7,8 +7,7 @@ share. The ranks compare fingerprints before the first step (train.py).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,14 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from launch.config import DataSpec, OptimSpec, SplitSpec, TrainSpec
+from launch.chat import Message, Tokens, encode
+from launch.config import DataSpec, OptimSpec, TrainSpec
 from launch.errors import DataError
 from launch.header import columns_of
-from launch.sampler import Indices, Sampler, shuffled
-from launch.tables import Columns, read_columns
+from launch.packing import block_diagonal, first_fit
+from launch.parts import split_parts
+from launch.sampler import Indices, Sampler
+from launch.tables import Columns
 
 IGNORED = -100  # transformers' mark for a position without a target
 TOKENIZE_AT_ONCE = 1000  # rows
@@ -32,27 +34,60 @@ class Rows:
 
     tokens: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-    """sequence-classification: the class. causal-lm: position in the row of its first target token."""
+    labels: npt.NDArray[np.int64] | None = None
+    """sequence-classification: the class of each row."""
+    learned: npt.NDArray[np.bool_] | None = None
+    """causal-lm: for each token, whether it is a target. A text's first never is: nothing stands before it."""
+    starts: npt.NDArray[np.int64] | None = None
+    """Packed rows: where in `tokens` each text begins. Each row begins with one."""
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.offsets) - 1
 
     @property
     def lengths(self) -> Indices:
         """Tokens of each row."""
         return np.diff(self.offsets)
 
+    @property
+    def classes(self) -> npt.NDArray[np.int64]:
+        """sequence-classification: the class of each row."""
+        assert self.labels is not None
+        return self.labels
+
+    @property
+    def target_mask(self) -> npt.NDArray[np.bool_]:
+        """causal-lm: for each token, whether it is a target."""
+        assert self.learned is not None
+        return self.learned
+
     def targets(self, rows: Indices) -> int:
-        """causal-lm: how many tokens of `rows` are predicted; position 0 has nothing before it."""
-        lengths = self.offsets[rows + 1] - self.offsets[rows]
-        return int((lengths - np.maximum(self.labels[rows], 1)).clip(min=0).sum())
+        """causal-lm: how many tokens of `rows` are predicted."""
+        mask = self.target_mask
+        return sum(int(mask[self.offsets[row] : self.offsets[row + 1]].sum()) for row in rows)
+
+    def packed(self, capacity: int, seed: int) -> Rows:
+        """The same texts, several to a row of at most `capacity` tokens, as a pure function of content and seed."""
+        mask = self.target_mask
+        packs = first_fit(self.lengths, capacity, self.fingerprint(), seed)
+        order = np.concatenate(packs)
+        tokens = np.concatenate([self.tokens[self.offsets[row] : self.offsets[row + 1]] for row in order])
+        learned = np.concatenate([mask[self.offsets[row] : self.offsets[row + 1]] for row in order])
+        ends = np.cumsum(self.lengths[order])
+        last = np.cumsum([len(pack) for pack in packs]) - 1
+        return Rows(
+            tokens,
+            np.concatenate([[0], ends[last]]),
+            learned=learned,
+            starts=np.concatenate([[0], ends[:-1]]),
+        )
 
     def fingerprint(self) -> str:
         """Hash of the content: equal fingerprints mean equal training data in the same order."""
         digest = hashlib.sha256()
-        for array in (self.tokens, self.offsets, self.labels):
-            digest.update(np.ascontiguousarray(array).data)
+        for array in (self.tokens, self.offsets, self.labels, self.learned, self.starts):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:32]
 
 
@@ -71,6 +106,8 @@ class Corpus:
     test: Rows | None
     labels: tuple[str, ...]
     """Names of the classes by number; empty for causal-lm."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """causal-lm: rows of each part that were left out because no target token lies within max_length."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +115,26 @@ class Batch:
     """Padded model inputs, each of shape (rows, longest row), and what they are compared with."""
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
+    """Packed rows: (rows, 1, longest, longest), or None where the positions say it (flash attention)."""
     targets: torch.Tensor
     """sequence-classification: classes, (rows,). causal-lm: token ids or IGNORED, (rows, longest row)."""
+    position_ids: torch.Tensor | None = None
+    """Packed rows: the position of each token in its own text."""
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device))
+        mask, positions = self.attention_mask, self.position_ids
+        return Batch(
+            self.input_ids.to(device),
+            None if mask is None else mask.to(device),
+            self.targets.to(device),
+            None if positions is None else positions.to(device),
+        )
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What the model is called with."""
+        named = {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
+        return {"input_ids": self.input_ids, **{name: value for name, value in named.items() if value is not None}}
 
 
 def load_corpus(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase) -> Corpus:
@@ -94,102 +145,16 @@ def load_corpus(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """
     parts = split_parts(spec.data, columns_of(spec), classes=spec.model.task == "sequence-classification")
     if spec.model.task == "sequence-classification":
-        labels = class_names(parts["train"][spec.data.label_column])
+        labels, dropped = class_names(parts["train"][spec.data.label_column]), {}
         rows = {name: _classified(part, spec.data, labels, tokenizer, name) for name, part in parts.items()}
     else:
         labels = ()
-        rows = {name: _continued(part, spec.data, tokenizer, name) for name, part in parts.items()}
-    return Corpus(rows["train"], rows.get("validation"), rows.get("test"), labels)
-
-
-def split_parts(data: DataSpec, columns: dict[str, str], *, classes: bool) -> dict[str, Columns]:
-    """Columns of each part that the job has: `train` always, `validation` and `test` from files or by the split."""
-    parts = {"train": read_columns(data.train, columns, "train")}
-    for part in ("validation", "test"):
-        sources = getattr(data, part)
-        if sources is not None:
-            parts[part] = read_columns(sources, columns, part)
-    for name, part_columns in parts.items():
-        _check_values(part_columns, columns, name)
-    texts = [column for field, column in columns.items() if field != "label_column"]
-    if data.deduplicate:
-        _deduplicate(parts, texts)
-    if data.split is not None:
-        labels = parts["train"][columns["label_column"]] if classes else None
-        for name, chosen in _cut(len(parts["train"][texts[0]]), labels, data.split).items():
-            source = parts.pop("train") if name == "rest" else parts["train"]
-            parts["train" if name == "rest" else name] = _select(source, chosen)
-    return parts
-
-
-def _check_values(part: Columns, columns: dict[str, str], name: str) -> None:
-    for field, column in columns.items():
-        for row, value in enumerate(part[column]):
-            if value is None or (value == "" and field == "label_column"):
-                raise DataError(
-                    f"row {row + 1} of data.{name} has no `{column}`",
-                    code="missing-value",
-                    field=f"data.{field}",
-                    hint="fill it in, or remove the row",
-                )
-            if field != "label_column" and not isinstance(value, str):
-                raise DataError(
-                    f"row {row + 1} of data.{name}: `{column}` is {type(value).__name__}, not text",
-                    code="not-text",
-                    field=f"data.{field}",
-                    hint="name the column that holds the text",
-                )
-
-
-def _deduplicate(parts: dict[str, Columns], texts: Sequence[str]) -> None:
-    """Keep each text once, and keep it held out if it is held out: training gives way to test and validation."""
-    seen: set[tuple[str, ...]] = set()
-    for name in ("test", "validation", "train"):
-        if name in parts:
-            keep = []
-            for row, key in enumerate(zip(*(parts[name][column] for column in texts), strict=True)):
-                if key not in seen:
-                    seen.add(key)
-                    keep.append(row)
-            parts[name] = _select(parts[name], np.asarray(keep, dtype=np.int64))
-    if not parts["train"][texts[0]]:
-        raise DataError(
-            "every training text is repeated in the held-out files",
-            field="data.deduplicate",
-            hint="check that data.train and data.test are different files",
-        )
-
-
-def _cut(rows: int, labels: list[Any] | None, split: SplitSpec) -> dict[str, Indices]:
-    """Row numbers of the parts cut off, and of the `rest` last; each in the order of the source."""
-    order = shuffled(rows, "split", split.seed)
-    if split.stratify and labels is not None:
-        names = [str(label) for label in labels]
-        groups = [order[[names[row] == name for row in order]] for name in sorted(set(names))]
-    else:
-        groups = [order]
-    cut: dict[str, list[Indices]] = {"test": [], "validation": [], "rest": []}
-    for group in groups:
-        tests, validations = round(len(group) * split.test), round(len(group) * split.validation)
-        for name, chosen in zip(cut, np.split(group, [tests, tests + validations]), strict=True):
-            cut[name].append(chosen)
-    result = {}
-    for name, share in (("test", split.test), ("validation", split.validation), ("rest", 1.0)):
-        chosen = np.sort(np.concatenate(cut[name]))
-        if share > 0 and not len(chosen):
-            raise DataError(
-                f"{rows} rows are too few: the split leaves none for {'training' if name == 'rest' else name}",
-                code="empty-split",
-                field="data.split" if name == "rest" else f"data.split.{name}",
-                hint="add data, or change the shares",
-            )
-        if share > 0:
-            result[name] = chosen
-    return result
-
-
-def _select(part: Columns, rows: Indices) -> Columns:
-    return {column: [values[row] for row in rows] for column, values in part.items()}
+        encoded = {name: _encoded(part, spec.data, tokenizer, name) for name, part in parts.items()}
+        rows = {name: _useful(found, spec.data, name) for name, found in encoded.items()}
+        dropped = {name: len(encoded[name]) - len(rows[name]) for name in rows}
+        if spec.data.packing:
+            rows["train"] = rows["train"].packed(spec.data.max_length, spec.train.seed)
+    return Corpus(rows["train"], rows.get("validation"), rows.get("test"), labels, dropped)
 
 
 def class_names(values: list[Any]) -> tuple[str, ...]:
@@ -228,23 +193,52 @@ def _classified(
     for start in range(0, len(texts), TOKENIZE_AT_ONCE):
         encoded = tokenizer(texts[start : start + TOKENIZE_AT_ONCE], truncation=True, max_length=data.max_length)
         tokens.extend(encoded["input_ids"])
-    return _flat(tokens, [numbers[value] for value in values])
+    return Rows(*_flat(tokens), labels=np.asarray([numbers[value] for value in values], dtype=np.int64))
 
 
-def _continued(part: Columns, data: DataSpec, tokenizer: PreTrainedTokenizerBase, name: str) -> Rows:
-    tokens, starts = [], []
-    if data.prompt_column is not None and data.response_column is not None:
-        for prompt, response in zip(part[data.prompt_column], part[data.response_column], strict=True):
-            ids, start = _answered(prompt, response, tokenizer)
-            tokens.append(ids[: data.max_length])
-            starts.append(start)
+def _encoded(part: Columns, data: DataSpec, tokenizer: PreTrainedTokenizerBase, name: str) -> list[Tokens]:
+    """Each row's tokens and targets, not yet cut to max_length."""
+    answers = data.loss_on == "answers"
+    if data.messages_column is not None:
+        dialogues = part[data.messages_column]
+    elif data.prompt_column is not None and data.response_column is not None:
+        pairs = zip(part[data.prompt_column], part[data.response_column], strict=True)
+        if not tokenizer.chat_template:
+            return [_continued(prompt, response, tokenizer, answers=answers) for prompt, response in pairs]
+        dialogues = [
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            for prompt, response in pairs
+        ]
     else:
-        for text in part[data.text_column]:
-            ids = [*tokenizer(text)["input_ids"], *_end(tokenizer)]
-            tokens.append(ids[: data.max_length])
-            starts.append(0)
-    # A row whose response begins beyond max_length has nothing to learn from.
-    useful = [i for i, (ids, start) in enumerate(zip(tokens, starts, strict=True)) if len(ids) > max(start, 1)]
+        texts = [[*tokenizer(text)["input_ids"], *_end(tokenizer)] for text in part[data.text_column]]
+        return [Tokens(ids, [True] * len(ids)) for ids in texts]
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the tokenizer has no chat template to put dialogues into words",
+            code="no-chat-template",
+            field="data.messages_column",
+            hint="name a file with one as data.chat_template",
+        )
+    return [encode(dialogue, tokenizer, _named(dialogue, name), answers=answers) for dialogue in dialogues]
+
+
+def _named(dialogue: list[Message], name: str) -> str:
+    """A dialogue as errors name it: by its beginning, since after a split its number is not that in the file."""
+    opening = next((message["content"] for message in dialogue if message["role"] != "system"), "")
+    return f"the dialogue of the {name} part that begins with {opening[:60]!r}"
+
+
+def _continued(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase, *, answers: bool) -> Tokens:
+    """A prompt and what follows it, of a model without a chat template."""
+    head = tokenizer(prompt)["input_ids"]
+    tail = [*tokenizer(response, add_special_tokens=False)["input_ids"], *_end(tokenizer)]
+    return Tokens([*head, *tail], [not answers] * len(head) + [True] * len(tail))
+
+
+def _useful(encoded: list[Tokens], data: DataSpec, name: str) -> Rows:
+    """Rows cut to max_length, without those whose answers all lie beyond it: they have nothing to learn from."""
+    cut = [Tokens(ids[: data.max_length], learned[: data.max_length]) for ids, learned in encoded]
+    useful = [tokens for tokens in cut if any(tokens.learned[1:])]
     if not useful:
         raise DataError(
             f"no row of data.{name} has a target token within {data.max_length} tokens",
@@ -252,52 +246,60 @@ def _continued(part: Columns, data: DataSpec, tokenizer: PreTrainedTokenizerBase
             field="data.max_length",
             hint="raise data.max_length, or shorten the prompts",
         )
-    return _flat([tokens[i] for i in useful], [starts[i] for i in useful])
-
-
-def _answered(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """Token ids of a dialogue of one turn, and where the response starts in them."""
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": prompt}]
-        asked = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(
-            [*turn, {"role": "assistant", "content": response}], tokenize=False, add_generation_prompt=False
-        )
-        assert isinstance(asked, str)
-        assert isinstance(whole, str)
-        # Templates that strip or rewrite the dialogue's start break the prefix; then the response is put after it.
-        answered = whole[len(asked) :] if whole.startswith(asked) else response + (tokenizer.eos_token or "")
-        head = tokenizer(asked, add_special_tokens=False)["input_ids"]
-        return [*head, *tokenizer(answered, add_special_tokens=False)["input_ids"]], len(head)
-    head = tokenizer(prompt)["input_ids"]
-    return [*head, *tokenizer(response, add_special_tokens=False)["input_ids"], *_end(tokenizer)], len(head)
+    flat, offsets = _flat([tokens.ids for tokens in useful])
+    learned = np.fromiter((value for tokens in useful for value in tokens.learned), dtype=np.bool_, count=len(flat))
+    learned[offsets[:-1]] = False
+    return Rows(flat, offsets, learned=learned)
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
 
 
-def _flat(tokens: list[list[int]], labels: list[int]) -> Rows:
+def _flat(tokens: list[list[int]]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     offsets = np.zeros(len(tokens) + 1, dtype=np.int64)
     np.cumsum([len(ids) for ids in tokens], out=offsets[1:])
     flat = np.fromiter((token for ids in tokens for token in ids), dtype=np.int32, count=int(offsets[-1]))
-    return Rows(flat, offsets, np.asarray(labels, dtype=np.int64))
+    return flat, offsets
 
 
-def collate(rows: Rows, chosen: Indices, pad_token_id: int, *, causal: bool) -> Batch:
-    """`chosen` rows as tensors on the CPU, padded on the right to the longest of them."""
+def collate(rows: Rows, chosen: Indices, pad_token_id: int, *, causal: bool, varlen: bool = False) -> Batch:
+    """`chosen` rows as tensors on the CPU, padded on the right to the longest of them.
+
+    With `varlen` (packed rows, flash attention), one after the other in a single row without padding or mask: the
+    restarting positions keep the texts apart.
+    """
     lengths = rows.offsets[chosen + 1] - rows.offsets[chosen]
     shape = (len(chosen), int(lengths.max()))
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     mask = np.zeros(shape, dtype=np.int64)
     targets = np.full(shape, IGNORED, dtype=np.int64)
     for i, row in enumerate(chosen):
-        ids = rows.tokens[rows.offsets[row] : rows.offsets[row + 1]]
+        here = slice(rows.offsets[row], rows.offsets[row + 1])
+        ids = rows.tokens[here]
         input_ids[i, : len(ids)] = ids
         mask[i, : len(ids)] = 1
-        start = rows.labels[row]
         if causal:
-            targets[i, start : len(ids)] = ids[start:]
+            targets[i, : len(ids)] = np.where(rows.target_mask[here], ids, IGNORED)
     if not causal:
-        targets = rows.labels[chosen]
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(mask), torch.from_numpy(targets))
+        targets = rows.classes[chosen]
+    inputs, compared = torch.from_numpy(input_ids), torch.from_numpy(targets)
+    if rows.starts is None:
+        return Batch(inputs, torch.from_numpy(mask), compared)
+    positions, segments = (torch.from_numpy(array) for array in _places(rows, chosen, shape))
+    if varlen:
+        there = torch.from_numpy(mask).bool()
+        return Batch(inputs[there][None], None, compared[there][None], positions[there][None])
+    return Batch(inputs, block_diagonal(segments), compared, positions)
+
+
+def _places(rows: Rows, chosen: Indices, shape: tuple[int, int]) -> tuple[Indices, Indices]:
+    """Each token's position in its text, and the number of its text in the row; padding has the number -1."""
+    assert rows.starts is not None
+    positions, segments = np.zeros(shape, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
+    for i, row in enumerate(chosen):
+        first, end = rows.offsets[row], rows.offsets[row + 1]
+        starts = rows.starts[np.searchsorted(rows.starts, first) : np.searchsorted(rows.starts, end)] - first
+        segments[i, : end - first] = np.searchsorted(starts, np.arange(end - first), side="right") - 1
+        positions[i, : end - first] = np.arange(end - first) - starts[segments[i, : end - first]]
+    return positions, segments

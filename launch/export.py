@@ -3,38 +3,55 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from launch.config import TrainSpec
+from launch.config import AdapterSpec, TrainSpec
 from launch.contract import ProgressLine
 from launch.engine import Engine
-from launch.model import whole
+from launch.model import load_model, whole
 from launch.report import ClassReport
+from launch.samples import Sample
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "datasets")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is told of a finished training beside its weights."""
+
+    step: int
+    """The step whose weights are exported."""
+    metrics: dict[str, float]
+    """Of those very weights, on held-out data."""
+    classes: ClassReport | None
+    samples: tuple[Sample, ...]
+    dropped: dict[str, int]
+    """Rows of each part that were left out, having no target."""
+    curve: tuple[ProgressLine, ...]
 
 
 def export(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     spec: TrainSpec,
-    metrics: dict[str, float],
-    classes: ClassReport | None,
-    curve: list[ProgressLine],
+    labels: tuple[str, ...],
+    outcome: Outcome,
     output: Path,
-    *,
-    step: int,
 ) -> None:
     """Write the model directory `output`, whole or not at all; an older one there is replaced. All ranks call it.
 
-    The weights are the engine's, which are those of `step`.
-
-    With an adapter, the weights are the adapter's alone and the directory is one that peft loads.
+    The weights are the engine's, which are those of `outcome.step`. With an adapter, they are the adapter's alone and
+    the directory is one that peft loads, unless it is to be merged into the base.
 
     Raises:
         OSError: the directory cannot be written.
@@ -44,12 +61,30 @@ def export(
         unfinished = output.with_name(f".{output.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        engine.module.save_pretrained(unfinished, state_dict=weights)
+        if spec.adapter is not None and spec.adapter.merge:
+            with tempfile.TemporaryDirectory(dir=unfinished) as adapter:
+                engine.module.save_pretrained(adapter, state_dict=weights)
+                merged(Path(adapter), spec, labels, int(tokenizer.pad_token_id)).save_pretrained(unfinished)
+        else:
+            engine.module.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
-        write_report(unfinished, spec, metrics, classes, curve, step)
+        write_report(unfinished, spec, outcome)
         _put_in_place(unfinished, output)
     if engine.accelerator.num_processes > 1:
         torch.distributed.barrier()
+
+
+def merged(adapter: Path, spec: TrainSpec, labels: tuple[str, ...], pad_token_id: int) -> PreTrainedModel:
+    """The base model, read again and whole, with the adapter in the directory `adapter` merged into its weights.
+
+    On one rank alone: nothing here is sharded, whatever the engine was.
+    """
+    from peft import PeftModel
+
+    unset_hf_deepspeed_config()  # otherwise the base would be sharded as it loads, by all ranks together
+    base, _ = load_model(spec.model, labels, pad_token_id)
+    whole_model: PreTrainedModel = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    return whole_model
 
 
 def gathered_weights(engine: Engine, *, trained_only: bool) -> dict[str, torch.Tensor]:
@@ -85,24 +120,24 @@ def _put_in_place(unfinished: Path, output: Path) -> None:
 def write_report(
     directory: Path,
     spec: TrainSpec,
-    metrics: dict[str, float],
-    classes: ClassReport | None,
-    curve: list[ProgressLine],
-    step: int,
+    outcome: Outcome,
 ) -> None:
-    """README.md, metrics.json, job.json, versions.json and the training curve as data and as a picture."""
+    """README.md, metrics.json, job.json, versions.json, the training curve as data and as a picture, and samples."""
     versions = {package: version(package) for package in PACKAGES}
-    measured = {**metrics, **(classes.as_dict() if classes else {})}
+    measured = {**outcome.metrics, **(outcome.classes.as_dict() if outcome.classes else {})}
     (directory / "metrics.json").write_text(json.dumps(measured, indent=2) + "\n")
     (directory / "job.json").write_text(spec.model_dump_json(indent=2) + "\n")
     (directory / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
-    lines = [line.model_dump_json(exclude_none=True) for line in curve]
+    lines = [line.model_dump_json(exclude_none=True) for line in outcome.curve]
     (directory / "training-curve.jsonl").write_text("".join(line + "\n" for line in lines))
-    plot_curve(curve, directory / "training-curve.png")
-    (directory / "README.md").write_text(model_card(spec, metrics, classes, curve, versions, step))
+    plot_curve(outcome.curve, directory / "training-curve.png")
+    if outcome.samples:
+        texts = [json.dumps(sample._asdict(), ensure_ascii=False) for sample in outcome.samples]
+        (directory / "samples.jsonl").write_text("".join(text + "\n" for text in texts), encoding="utf-8")
+    (directory / "README.md").write_text(model_card(spec, outcome, versions), encoding="utf-8")
 
 
-def plot_curve(curve: list[ProgressLine], path: Path) -> None:
+def plot_curve(curve: Sequence[ProgressLine], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -125,11 +160,8 @@ def plot_curve(curve: list[ProgressLine], path: Path) -> None:
 
 def model_card(
     spec: TrainSpec,
-    metrics: dict[str, float],
-    classes: ClassReport | None,
-    curve: list[ProgressLine],
+    outcome: Outcome,
     versions: dict[str, str],
-    step: int,
 ) -> str:
     """Markdown with the front matter that model hubs read."""
     base = (
@@ -137,38 +169,67 @@ def model_card(
     )
     pipeline = "text-classification" if spec.model.task == "sequence-classification" else "text-generation"
     optim = spec.train
-    last = next((line for line in reversed(curve) if line.phase == "train"), None)
-    measured = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()) or "| (no held-out data) | |"
+    last = next((line for line in reversed(outcome.curve) if line.phase == "train"), None)
+    measured = (
+        "\n".join(f"| {name} | {value:.4f} |" for name, value in outcome.metrics.items()) or "| (no held-out data) | |"
+    )
     front = [
         "---",
-        f"library_name: {'peft' if spec.adapter else 'transformers'}",
+        f"library_name: {'peft' if spec.adapter and not spec.adapter.merge else 'transformers'}",
         f"pipeline_tag: {pipeline}",
         f"base_model: {json.dumps(base)}",
         "---",
     ]
     steps = f"{last.step} steps, {last.samples} samples, " if last else ""
-    best = f" The weights are those of step {step}, the best evaluation." if optim.keep_best else ""
-    adapter = f"LoRA r={spec.adapter.r}, alpha={spec.adapter.alpha:g}" if spec.adapter else "all weights"
+    best = f" The weights are those of step {outcome.step}, the best evaluation." if optim.keep_best else ""
+    adapter = adapter_words(spec.adapter) if spec.adapter else "all weights"
+    absent = [
+        f"{number} of the {name} rows have no target within {spec.data.max_length} tokens and were left out."
+        for name, number in outcome.dropped.items()
+        if number
+    ]
+    rows = "sequences of packed rows" if spec.data.packing else "rows"
     return "\n".join(
         [
             *front,
             "",
             f"# {spec.name}",
             "",
-            f"`{base}`, fine-tuned for {spec.model.task}: {steps}global batch {optim.global_batch_size}, "
+            f"`{base}`, fine-tuned for {spec.model.task}: {steps}global batch {optim.global_batch_size} {rows}, "
             f"{optim.optimizer}, learning rate {optim.learning_rate:g} ({optim.schedule}), {optim.precision}, "
             f"{adapter}, seed {optim.seed}.{best}",
+            *absent,
             "",
             "| metric (held-out data) | value |",
             "| --- | --- |",
             measured,
             "",
-            *([*classes.as_markdown(), ""] if classes else []),
+            *([*outcome.classes.as_markdown(), ""] if outcome.classes else []),
             "![training curve](training-curve.png)",
             "",
+            *sample_words(outcome.samples),
             "The complete job is in `job.json`. Made with "
             + ", ".join(f"{package} {number}" for package, number in versions.items())
             + ".",
             "",
         ]
     )
+
+
+def adapter_words(adapter: AdapterSpec) -> str:
+    """The adapter in a few words, as the card tells it."""
+    kind = f"{'rs' if adapter.use_rslora else ''}LoRA{' with DoRA' if adapter.use_dora else ''}"
+    return f"{kind} r={adapter.r}, alpha={adapter.alpha:g}{', merged' if adapter.merge else ''}"
+
+
+def sample_words(samples: Sequence[Sample]) -> list[str]:
+    """A section of the card with the samples, in code fences that no text of theirs can close."""
+    if not samples:
+        return []
+    lines = ["## Samples", "", "Greedy continuations of the first held-out prompts.", ""]
+    for sample in samples:
+        for title, text in (("Prompt", sample.prompt), ("Generated", sample.generated), ("Data", sample.reference)):
+            longest = max((len(run) for run in re.findall("`+", text)), default=0)
+            fence = "`" * max(3, longest + 1)
+            lines += [f"{title}:", "", f"{fence}text", text, fence, ""]
+    return lines

@@ -98,11 +98,17 @@ def check_columns(source: str, available: Iterable[str], columns: dict[str, str]
             )
 
 
-def columns_of(spec: TrainSpec) -> dict[str, str]:
-    """Which columns the job reads: the data field that names it → column."""
+def columns_of(spec: TrainSpec, part: str = "train") -> dict[str, str]:
+    """Which columns the job reads of a part of its data: the data field that names it → column."""
     data = spec.data
     if spec.model.task == "sequence-classification":
-        return {"text_column": data.text_column, "label_column": data.label_column}
-    if data.prompt_column is not None and data.response_column is not None:
-        return {"prompt_column": data.prompt_column, "response_column": data.response_column}
-    return {"text_column": data.text_column}
+        columns = {"text_column": data.text_column, "label_column": data.label_column}
+    elif data.messages_column is not None:
+        columns = {"messages_column": data.messages_column}
+    elif data.prompt_column is not None and data.response_column is not None:
+        columns = {"prompt_column": data.prompt_column, "response_column": data.response_column}
+    else:
+        columns = {"text_column": data.text_column}
+    if part == "train" and data.split is not None and data.split.group_column is not None:
+        columns["split.group_column"] = data.split.group_column
+    return columns

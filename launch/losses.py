@@ -50,7 +50,7 @@ def loss_terms(rows: Rows, chosen: Indices, task: Task, class_weights: torch.Ten
         return rows.targets(chosen)
     if class_weights is None:
         return len(chosen)
-    return float(class_weights.double().cpu()[torch.from_numpy(rows.labels[chosen])].sum())
+    return float(class_weights.double().cpu()[torch.from_numpy(rows.classes[chosen])].sum())
 
 
 def weights_of_classes(
@@ -66,7 +66,7 @@ def weights_of_classes(
     if wish is None:
         return None
     if wish == "balanced":
-        counts = np.bincount(rows.labels, minlength=len(labels))
+        counts = np.bincount(rows.classes, minlength=len(labels))
         if not counts.all():
             raise SpecError(
                 f"no training row has the label {labels[int(counts.argmin())]!r}, so it has no balanced weight",

@@ -41,7 +41,7 @@ def evaluate(engine: Engine, rows: Rows, task: Task, batch_size: int, pad_token_
     with torch.no_grad():
         for part in rank_micro_batches(everything, accelerator.process_index, accelerator.num_processes, batch_size):
             batch = collate(rows, part.rows, pad_token_id, causal=causal).to(accelerator.device)
-            logits = engine(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            logits = engine(**batch.inputs()).logits
             if not part.dummy:
                 chosen = torch.from_numpy(part.rows)
                 found[0, chosen] = row_losses(logits, batch, task).double().cpu()
@@ -56,9 +56,9 @@ def evaluate(engine: Engine, rows: Rows, task: Task, batch_size: int, pad_token_
     return Evaluation(
         {
             "loss": loss,
-            "accuracy": float(accuracy_score(rows.labels, predicted)),
-            "f1_macro": float(f1_score(rows.labels, predicted, average="macro", zero_division=0)),
-            "mcc": float(matthews_corrcoef(rows.labels, predicted)),
+            "accuracy": float(accuracy_score(rows.classes, predicted)),
+            "f1_macro": float(f1_score(rows.classes, predicted, average="macro", zero_division=0)),
+            "mcc": float(matthews_corrcoef(rows.classes, predicted)),
         },
         predicted,
     )

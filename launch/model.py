@@ -24,6 +24,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from launch.config import AdapterSpec, ModelSpec, TrainSpec
 from launch.errors import SpecError
 from launch.layers import freeze
+from launch.packing import check_packable
 
 AUTO_CLASSES = {
     "sequence-classification": AutoModelForSequenceClassification,
@@ -31,11 +32,11 @@ AUTO_CLASSES = {
 }
 
 
-def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token.
+def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token; `chat_template` is a file whose template replaces its own.
 
     Raises:
-        SpecError: there is none under that name.
+        SpecError: there is none under that name, or no such file.
     """
     with _as_spec_error(spec, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(spec.name_or_path, revision=spec.revision)
@@ -49,6 +50,16 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise SpecError(
+                f"the chat template {chat_template} cannot be read: {problem}",
+                code="file-unreadable",
+                field="data.chat_template",
+                hint="name a text file with a Jinja template, relative to the job file",
+            ) from problem
     return tokenizer
 
 
@@ -60,6 +71,8 @@ def build_model(spec: TrainSpec, labels: tuple[str, ...], pad_token_id: int, *, 
     """
     model, missing = load_model(spec.model, labels, pad_token_id)
     initialise(model, missing, spec.train.seed)
+    if spec.data.packing:
+        check_packable(model, spec.data.max_length)
     if spec.adapter is not None:
         model = add_adapter(model, spec.adapter, spec.model.task, missing, spec.train.seed)
     freeze(model, spec.train.freeze)
@@ -157,17 +170,35 @@ def add_adapter(
     """`model` with a LoRA adapter; new weights of the base (the head) are trained and saved with it.
 
     Raises:
-        SpecError: target_modules name nothing in the model.
+        SpecError: target_modules or modules_to_save name nothing in the model, or DoRA under ZeRO-3.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    new_modules = sorted({name.rpartition(".")[0] for name in missing})
+    if adapter.use_dora and is_deepspeed_zero3_enabled():
+        raise SpecError(
+            "DoRA reads the base weights outside of their layers, where ZeRO-3 holds only a part of each",
+            code="dora-needs-whole-weights",
+            field="adapter.use_dora",
+            hint="take `strategy: zero2` or `ddp`, or plain LoRA",
+        )
+    names = {name for name, _ in model.named_modules()}
+    for wanted in adapter.modules_to_save:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            raise SpecError(
+                f"the model has no module `{wanted}`",
+                code="bad-adapter",
+                field="adapter.modules_to_save",
+                hint="name modules of the model, such as its output layer",
+            )
+    new_modules = sorted({name.rpartition(".")[0] for name in missing} | set(adapter.modules_to_save))
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS if task == "sequence-classification" else TaskType.CAUSAL_LM,
         r=adapter.r,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # declared int; only its quotient by r is used
         lora_dropout=adapter.dropout,
-        target_modules="all-linear" if adapter.target_modules == "auto" else list(adapter.target_modules),
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        target_modules="all-linear" if isinstance(adapter.target_modules, str) else list(adapter.target_modules),
         exclude_modules=new_modules or None,
         modules_to_save=new_modules or None,
     )

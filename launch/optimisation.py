@@ -83,6 +83,10 @@ class OptimSpec(Section):
     """Batches of rows of like length: less padding, so faster. The order stays a function of the seed."""
     eval_every: int | None = Field(None, ge=1)
     """Evaluate every so many steps; null evaluates at the end alone."""
+    samples: int = Field(0, ge=0)
+    """causal-lm: how many held-out prompts the finished model continues, greedily, for the model card."""
+    sample_max_new_tokens: int = Field(64, ge=1)
+    """The longest continuation of a sample."""
     log_every: int = Field(1, ge=1)
     early_stopping: EarlyStopping | None = None
     keep_best: bool = False

@@ -13,11 +13,12 @@ from pydantic import BaseModel, ConfigDict
 
 from launch.attempt import ExitCode
 from launch.config import TrainSpec, load_train_spec
-from launch.data import load_corpus, split_parts
+from launch.data import load_corpus
 from launch.document import read_document
 from launch.errors import DataError, TuneyardError
 from launch.header import columns_of
 from launch.model import load_tokenizer
+from launch.parts import split_parts
 from launch.tables import Columns, read_columns
 
 UNLIMITED = 1 << 24  # tokens: rows are measured before they are cut
@@ -64,7 +65,7 @@ def survey(spec: TrainSpec) -> Survey:
     classes = spec.model.task == "sequence-classification"
     raw = _texts(read_columns(spec.data.train, columns, "train"), columns)
     parts = split_parts(spec.data, columns, classes=classes)
-    uncut = spec.model_copy(update={"data": spec.data.model_copy(update={"max_length": UNLIMITED})})
+    uncut = spec.model_copy(update={"data": spec.data.model_copy(update={"max_length": UNLIMITED, "packing": False})})
     tokenizer = load_tokenizer(spec.model)
     tokenizer.model_max_length = UNLIMITED  # else it warns of rows that are too long for the model
     corpus = load_corpus(uncut, tokenizer)

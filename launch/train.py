@@ -16,13 +16,14 @@ from launch.contract import AttemptFiles, ExitCode, RankResult, RunContract, Tra
 from launch.data import Batch, Corpus, Rows, collate, load_corpus, sampler_for
 from launch.engine import Engine, build_engine, make_accelerator, peak_bytes
 from launch.errors import ContractError, DataError, SpecError
-from launch.export import export
+from launch.export import Outcome, export
 from launch.losses import loss_terms, row_losses, weights_of_classes
 from launch.metrics import EarlyStop, Evaluation, evaluate, sum_over_ranks
 from launch.model import build_model, load_tokenizer
 from launch.progress import Progress
 from launch.report import ClassReport, class_report
 from launch.sampler import Indices, micro_steps, rank_micro_batches
+from launch.samples import continued
 from launch.schedule import rate_at
 from launch.stop import StopWish
 
@@ -47,7 +48,7 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     set_seed(spec.train.seed + rank)  # dropout: another mask on each rank
 
     progress.phase("load")
-    tokenizer = load_tokenizer(spec.model)
+    tokenizer = load_tokenizer(spec.model, spec.data.chat_template)
     corpus = load_corpus(spec, tokenizer)
     model = build_model(spec, corpus.labels, int(tokenizer.pad_token_id), checkpointing=plan.activation_checkpointing)
     engine = build_engine(accelerator, model, plan, spec.train)
@@ -64,8 +65,10 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
 
     step = loop.take_best()
     metrics, classes = loop.final_metrics()
+    samples = continued(engine, tokenizer, corpus.test or corpus.validation, spec.train)
     progress.phase("export", loop.step, loop.steps, loop.consumed)
-    export(engine, tokenizer, spec, metrics, classes, progress.curve, Path(contract.output_dir), step=step)
+    outcome = Outcome(step, metrics, classes, tuple(samples), corpus.dropped, tuple(progress.curve))
+    export(engine, tokenizer, spec, corpus.labels, outcome, Path(contract.output_dir))
     for tracker in accelerator.trackers:
         tracker.finish()
     progress.phase("done", loop.step, loop.steps, loop.consumed)
@@ -96,6 +99,7 @@ class Loop:
         self.engine, self.corpus, self.pad_token_id = engine, corpus, pad_token_id
         self.progress, self.stop = progress, stop
         self.rank = engine.accelerator.process_index
+        self.varlen = spec.data.packing and engine.module.config._attn_implementation == "flash_attention_2"
         self.sampler = sampler_for(corpus.train, self.optim)
         self.fingerprint, self.checkpoint_dir = fingerprint, Path(contract.checkpoint_dir)
         early = self.optim.early_stopping
@@ -130,6 +134,13 @@ class Loop:
                 code="no-held-out-data",
                 field=f"train.{name}",
                 hint="add data.validation, or data.split.validation",
+            )
+        if self.optim.samples and held_out is None:
+            raise SpecError(
+                "samples are continuations of held-out prompts: there is neither validation nor test data",
+                code="no-held-out-data",
+                field="train.samples",
+                hint="add data.test, or data.split.test",
             )
         self.engine.module.train()
         self.progress.start_training(self.step, self.consumed)
@@ -244,10 +255,11 @@ class Loop:
         parts = rank_micro_batches(batch, self.rank, self.plan.world_size, self.plan.micro_batch_size)
         loss_sum = 0.0
         for i, part in enumerate(parts):
-            micro = collate(rows, part.rows, self.pad_token_id, causal=self.task == "causal-lm")
-            micro = micro.to(self.engine.accelerator.device)
+            micro = collate(rows, part.rows, self.pad_token_id, causal=self.task == "causal-lm", varlen=self.varlen).to(
+                self.engine.accelerator.device
+            )
             with self.engine.micro_step(last=i == len(parts) - 1):
-                logits = self.engine(input_ids=micro.input_ids, attention_mask=micro.attention_mask).logits
+                logits = self.engine(**micro.inputs()).logits
                 loss = self.training_losses(logits, micro).sum() * (0.0 if part.dummy else 1.0)
                 self.engine.backward(loss / terms)
             loss_sum += float(loss.detach())
@@ -277,7 +289,7 @@ class Loop:
         if final is None:
             return {}, None
         metrics, predicted = self.evaluated(final)
-        return metrics, class_report(final.labels, predicted, self.corpus.labels) if predicted is not None else None
+        return metrics, class_report(final.classes, predicted, self.corpus.labels) if predicted is not None else None
 
     def result(self, metrics: dict[str, float] | None, output_dir: str | None) -> RankResult:
         found = self.engine.describe()
@@ -290,6 +302,7 @@ class Loop:
             stopped_early=self.stopped_early,
             skipped_steps=self.skipped,
             best_step=self.best.state.step if self.best is not None and self.best.state is not None else None,
+            dropped_rows=self.corpus.dropped,
         )
         return RankResult(
             engine=found.engine,

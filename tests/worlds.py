@@ -90,11 +90,40 @@ def write_bert(directory: Path, hidden: int = 32, seed: int = 0, *, pooler: bool
     return directory
 
 
-def write_llama(directory: Path, hidden: int = 32, seed: int = 0) -> Path:
-    """A two-layer Llama, and a byte-level BPE tokenizer trained on WORDS, without a padding token or template."""
+def write_llama(directory: Path, hidden: int = 32, seed: int = 0, chat_template: str | None = None) -> Path:
+    """A two-layer Llama, and a byte-level BPE tokenizer trained on WORDS, without a padding token."""
     import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    vocabulary = _write_bpe(directory, chat_template)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=2 * hidden, max_position_embeddings=128, bos_token_id=0,
+        eos_token_id=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def write_gpt2(directory: Path, hidden: int = 32, seed: int = 0, chat_template: str | None = None) -> Path:
+    """A two-layer GPT-2, whose positions are learned, with the same tokenizer as the Llama."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    vocabulary = _write_bpe(directory, chat_template)
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=vocabulary, n_embd=hidden, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(directory)
+    return directory
+
+
+def _write_bpe(directory: Path, chat_template: str | None) -> int:
+    """Writes the tokenizer; returns the size of its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -106,15 +135,24 @@ def write_llama(directory: Path, hidden: int = 32, seed: int = 0) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=hidden, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=2 * hidden, max_position_embeddings=128, bos_token_id=0,
-        eos_token_id=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=chat_template
+    ).save_pretrained(directory)
+    return int(tokenizer.get_vocab_size())
+
+
+def write_chats(path: Path, rows: int = 60, seed: int = 0) -> Path:
+    """JSONL of dialogues of one to three questions and answers."""
+    draw = random.Random(seed)
+    with path.open("w") as out:
+        for _ in range(rows):
+            messages = []
+            for _ in range(draw.randint(1, 3)):
+                asked = draw.choices(WORDS, k=draw.randint(1, 6))
+                messages.append({"role": "user", "content": " ".join(asked)})
+                messages.append({"role": "assistant", "content": " ".join(sorted(asked)[:3])})
+            out.write(json.dumps({"messages": messages}) + "\n")
+    return path
 
 
 def a_spec(model_dir: Path, data_file: Path, /, **changes: Any) -> TrainSpec:

@@ -70,7 +70,7 @@ def _is_command(folder: Path, name: str) -> bool:
 
 
 def _training(job: TrainingJob, document: Document) -> list[SpecError]:
-    return [*_model(job, document), *_data(job, document)]
+    return [*_model(job, document), *_data(job, document), *_chat_template(job, document)]
 
 
 def _model(job: TrainingJob, document: Document) -> list[SpecError]:
@@ -113,8 +113,8 @@ def _models_in(folder: Path) -> str | None:
 
 def _data(job: TrainingJob, document: Document) -> list[SpecError]:
     errors = []
-    columns = columns_of(job)
     for part in ("train", "validation", "test"):
+        columns = columns_of(job, part)
         for index, name in enumerate(getattr(job.data, part) or ()):
             written = document.data.get("data", {}).get(part)
             where: FieldPath = ("data", part, index) if isinstance(written, list) else ("data", part)
@@ -125,6 +125,22 @@ def _data(job: TrainingJob, document: Document) -> list[SpecError]:
                     where = tuple(problem.field.split("."))
                 errors.append(document.error(where, problem.message, code=problem.code, hint=problem.hint))
     return errors
+
+
+def _chat_template(job: TrainingJob, document: Document) -> list[SpecError]:
+    if job.data.chat_template is None:
+        return []
+    path = Path(job.data.chat_template)
+    if exists(path) and path.is_file():
+        return []
+    return [
+        document.error(
+            ("data", "chat_template"),
+            f"the chat template {path} does not exist",
+            code="file-not-found",
+            hint=_near(path) or "name a file with a Jinja template, relative to the job file",
+        )
+    ]
 
 
 def _source(path: Path, columns: dict[str, str]) -> None:

@@ -98,7 +98,7 @@ def reference(spec: TrainSpec) -> Outcome:
         ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], dtype=torch.long)
         mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
         logits = model(input_ids=ids, attention_mask=mask).logits
-        loss = functional.cross_entropy(logits, torch.from_numpy(rows.labels[batch]))
+        loss = functional.cross_entropy(logits, torch.from_numpy(rows.classes[batch]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         for group in optimizer.param_groups:

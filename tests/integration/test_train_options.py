@@ -111,7 +111,7 @@ class Reference:
             batch = sampler.batch(consumed)
             consumed += len(batch)
             if step != skip:
-                loss = loss_function(self.logits(rows, batch), torch.from_numpy(rows.labels[batch]))
+                loss = loss_function(self.logits(rows, batch), torch.from_numpy(rows.classes[batch]))
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 0.1)
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):

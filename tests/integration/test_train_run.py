@@ -81,9 +81,9 @@ def test_the_model_directory_gives_the_measured_predictions(world: Path, tmp_pat
     assert test is not None
     assert len(test) % 2 == 1
     predicted = logits(model, test).argmax(-1).numpy()
-    assert measured["accuracy"] == pytest.approx(accuracy_score(test.labels, predicted))
-    assert measured["f1_macro"] == pytest.approx(f1_score(test.labels, predicted, average="macro", zero_division=0))
-    loss = torch.nn.functional.cross_entropy(logits(model, test), torch.from_numpy(test.labels))
+    assert measured["accuracy"] == pytest.approx(accuracy_score(test.classes, predicted))
+    assert measured["f1_macro"] == pytest.approx(f1_score(test.classes, predicted, average="macro", zero_division=0))
+    loss = torch.nn.functional.cross_entropy(logits(model, test), torch.from_numpy(test.classes))
     assert measured["loss"] == pytest.approx(float(loss), abs=1e-6)
 
     assert measured["mcc"] == pytest.approx(matthews_corrcoef(test.labels, predicted))
@@ -129,7 +129,7 @@ def test_an_adapter_is_saved_as_peft_loads_it(world: Path, tmp_path: Path, engin
     model = AutoPeftModelForSequenceClassification.from_pretrained(output, num_labels=2)
     test = load_corpus(spec, AutoTokenizer.from_pretrained(output)).test
     assert test is not None
-    loss = torch.nn.functional.cross_entropy(logits(model, test), torch.from_numpy(test.labels))
+    loss = torch.nn.functional.cross_entropy(logits(model, test), torch.from_numpy(test.classes))
     assert metrics(ended)["loss"] == pytest.approx(float(loss), abs=1e-6)
     changed = [name for name, value in model.named_parameters() if "lora_B" in name and value.abs().max() > 0]
     assert len(changed) == 12, "six linear layers in each of two blocks, and not the pooler's new weights"

@@ -6,14 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from launch.config import TrainSpec
-from launch.data import IGNORED, class_names, collate, columns_of, load_corpus, split_parts
-from launch.errors import DataError
+from launch.data import IGNORED, class_names, collate, load_corpus
+from launch.errors import DataError, SpecError
+from launch.header import columns_of
 from launch.model import load_tokenizer
+from launch.parts import split_parts
 from tests.worlds import a_spec, write_bert, write_llama
 
 
@@ -63,6 +68,22 @@ def test_repeated_texts_stand_on_one_side_only(tmp_path: Path, bert: Path) -> No
     held_out = table(tmp_path / "test.jsonl", ROWS[:10])
     cut = parts(a_job(tmp_path, bert, twice, deduplicate=True, test=str(held_out)))
     assert (len(cut["train"]), len(cut["test"])) == (90, 10)
+
+
+def test_a_group_stands_on_one_side_only(tmp_path: Path, bert: Path) -> None:
+    rows = [(f"text {i}", f"{'ab'[i % 2]}{i % 23}") for i in range(100)]
+    group_of = dict(rows)
+    for seed in range(5):
+        split = {"test": 0.2, "validation": 0.1, "seed": seed, "group_column": "label"}
+        cut = parts(a_job(tmp_path, bert, rows, split=split))
+        groups = [{group_of[text] for text in texts} for texts in cut.values()]
+        assert sum(len(part) for part in groups) == len(set(group_of.values()))
+        assert sorted(text for texts in cut.values() for text in texts) == sorted(group_of)
+        assert 20 <= len(cut["test"]) <= 24
+        assert 6 <= len(cut["validation"]) <= 14
+    with pytest.raises(DataError) as caught:
+        parts(a_job(tmp_path, bert, [("a", "x"), ("b", "x")], split={"test": 0.5, "group_column": "label"}))
+    assert caught.value.code == "empty-split"
 
 
 def test_classes_are_numbered_in_sorted_order() -> None:
@@ -156,7 +177,7 @@ def test_a_text_is_all_target_and_ends(tmp_path: Path, llama: Path) -> None:
     spec = causal(tmp_path, llama, [{"text": "win a prize"}])
     tokenizer = load_tokenizer(spec.model)
     assert tokenizer.pad_token == "</s>"
-    assert targets(spec, tokenizer) == ["win a prize</s>"]
+    assert targets(spec, tokenizer) == [" a prize</s>"], "nothing stands before the first token"
 
 
 def test_rows_without_a_target_within_max_length_are_left_out(tmp_path: Path, llama: Path) -> None:
@@ -168,3 +189,63 @@ def test_rows_without_a_target_within_max_length_are_left_out(tmp_path: Path, ll
     with pytest.raises(DataError) as caught:
         load_corpus(spec, tokenizer)
     assert caught.value.code == "no-targets"
+
+
+CHATML = (
+    "{% for m in messages %}{{ m.role + ':' + m.content + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+CHATML_OF_THE_SECOND = "user:ok</s>assistant:love</s>"
+
+
+def chat(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def test_dialogues_come_out_of_every_kind_of_file(tmp_path: Path, llama: Path) -> None:
+    rows = [{"messages": chat("win a prize", "stop", "why", "sorry")}, {"messages": chat("ok", "love")}]
+    (tmp_path / "template.jinja").write_text(CHATML)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for name in ("a.jsonl", "a.parquet", "saved"):
+        spec = a_spec(
+            llama,
+            tmp_path / name,
+            model={"task": "causal-lm"},
+            data={
+                "split": None,
+                "max_length": 96,
+                "messages_column": "messages",
+                "deduplicate": True,
+                "chat_template": str(tmp_path / "template.jinja"),
+            },
+        )
+        tokenizer = load_tokenizer(spec.model, spec.data.chat_template)
+        assert targets(spec, tokenizer) == ["stop</s>sorry</s>", "love</s>"]
+        everything = spec.model_copy(update={"data": spec.data.model_copy(update={"loss_on": "all"})})
+        whole = tokenizer(CHATML_OF_THE_SECOND)["input_ids"]
+        assert targets(everything, tokenizer)[1] == tokenizer.decode(whole[1:])
+    with pytest.raises(DataError) as caught:
+        load_corpus(spec, load_tokenizer(spec.model))
+    assert caught.value.code == "no-chat-template"
+    tokenizer.chat_template = "{{ raise_exception('no') if messages[0].content == 'ok' else 'a' }}"
+    with pytest.raises(DataError, match="the train part that begins with 'ok': the chat template refuses") as caught:
+        load_corpus(everything, tokenizer)
+    assert caught.value.code == "template-refuses"
+
+
+def test_rows_whose_answers_are_cut_off_are_counted(tmp_path: Path, llama: Path) -> None:
+    rows = [{"prompt": "win " * 30, "response": "ok"}, {"prompt": "win", "response": "stop " * 30}]
+    spec = causal(tmp_path, llama, rows, max_length=20, **DIALOGUE)
+    corpus = load_corpus(spec, load_tokenizer(spec.model))
+    assert corpus.dropped == {"train": 1}
+    assert corpus.train.lengths.tolist() == [20]
+    packed = spec.model_copy(update={"data": spec.data.model_copy(update={"packing": True})})
+    assert load_corpus(packed, load_tokenizer(spec.model)).dropped == {"train": 1}
+
+
+def test_a_template_that_is_no_file_is_refused(tmp_path: Path, llama: Path) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_tokenizer(causal(tmp_path, llama, [{"text": "a"}]).model, str(tmp_path / "absent.jinja"))
+    assert (caught.value.code, caught.value.field) == ("file-unreadable", "data.chat_template")

@@ -22,7 +22,7 @@ def test_parts_add_up_to_torchs_loss_of_the_whole(smoothing: float, weights: tup
     rows = labelled(0, 1, 1, 2, 0, 1, 2)
     logits = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
     weight = torch.tensor(weights) if weights else None
-    targets = torch.from_numpy(rows.labels)
+    targets = torch.from_numpy(rows.classes)
     terms = loss_terms(rows, np.arange(7), "sequence-classification", weight)
     total = 0.0
     for part in (slice(0, 3), slice(3, 4), slice(4, 7)):
@@ -52,7 +52,7 @@ def test_balanced_weights_are_scikit_learns() -> None:
     rows = labelled(0, 0, 0, 0, 1, 2, 2)
     found = weights_of_classes("balanced", rows, ("a", "b", "c"))
     assert found is not None
-    expected = compute_class_weight("balanced", classes=np.arange(3), y=rows.labels)
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=rows.classes)
     assert found.tolist() == pytest.approx(expected.tolist())
 
 
