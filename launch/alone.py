@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.config import TrainSpec, load_train_spec
-from launch.contract import Device, ExecutionPlan, NodeShare, RunContract
+from launch.contract import Device, ExecutionPlan, NodeShare, Origin, RunContract
 from launch.document import read_document
 from launch.errors import SpecError
+from launch.git import git_state
 from launch.sampler import micro_steps
 
 DEFAULT_MICRO_BATCH = 8  # rows; without a planner nobody knows what fits
@@ -47,6 +48,7 @@ def contract_alone(config: Path, overrides: Sequence[str], output: Path | None, 
         output_dir=str(model_dir),
         checkpoint_dir=str(run_dir / "checkpoints"),
         spec=spec,
+        origin=Origin(git=git_state(config)),
     )
 
 

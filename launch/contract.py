@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from launch.attempt import (
     ENV_CHECKPOINT_DIR,
@@ -35,7 +35,10 @@ __all__ = [
     "EngineName",
     "ExecutionPlan",
     "ExitCode",
+    "GitState",
     "NodeShare",
+    "Origin",
+    "Pinned",
     "ProgressLine",
     "RankError",
     "RankExit",
@@ -91,6 +94,34 @@ class NodeShare(Record):
     """CPU threads of each process."""
 
 
+class GitState(Record):
+    """Where a file stands in its git repository."""
+
+    commit: str = Field(pattern=r"^[0-9a-f]{40}([0-9a-f]{24})?$")
+    dirty: bool
+    """Whether a tracked file differed from the commit, or the file itself is not in it."""
+    path: str | None = Field(None, max_length=4096)
+    """The file, from the repository's top; null if git does not track it."""
+
+
+class Pinned(Record):
+    """What a run that repeats another one is held to, so that nothing is planned anew."""
+
+    plan: ExecutionPlan
+    threads: tuple[int, ...]
+    """CPU threads by rank: sums are taken in another order with another number of them."""
+    data: dict[str, str]
+    """Fingerprint of each part of the data."""
+
+
+class Origin(Record):
+    """Where a job comes from, beside what its file says: filled in by whoever submits it, never by the file."""
+
+    git: GitState | None = None
+    """The job file's."""
+    pinned: Pinned | None = None
+
+
 class RunContract(Record):
     """All that a worker needs, in one JSON file."""
 
@@ -117,6 +148,12 @@ class RunContract(Record):
     """Variables whose values the node's agent takes from its own environment: name there by name here."""
     leash_s: float = 30.0
     """A rank ends itself when its node agent's heartbeat is older than this."""
+    origin: Origin = Origin()
+
+    @property
+    def tracker_dir(self) -> str:
+        """Where trackers keep the job's run, which every attempt goes on with."""
+        return str(Path(self.checkpoint_dir).with_name("trackers"))
 
     @property
     def main_address(self) -> str:

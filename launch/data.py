@@ -7,7 +7,8 @@ share. The ranks compare fingerprints before the first step (train.py).
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -121,15 +122,18 @@ class Batch:
     """sequence-classification: classes, (rows,). causal-lm: token ids or IGNORED, (rows, longest row)."""
     position_ids: torch.Tensor | None = None
     """Packed rows: the position of each token in its own text."""
+    predicting: torch.Tensor | None = None
+    """causal-lm: flat indices into (rows, longest row) of the positions whose next token is a target."""
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """This batch with every tensor as `change` makes it."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: None if one is None else change(one) for name, one in tensors.items()}
+        return Batch(**changed)
 
     def to(self, device: torch.device) -> Batch:
-        mask, positions = self.attention_mask, self.position_ids
-        return Batch(
-            self.input_ids.to(device),
-            None if mask is None else mask.to(device),
-            self.targets.to(device),
-            None if positions is None else positions.to(device),
-        )
+        """On `device`; from pinned memory the copy does not hold up the host."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """What the model is called with."""
@@ -285,12 +289,19 @@ def collate(rows: Rows, chosen: Indices, pad_token_id: int, *, causal: bool, var
         targets = rows.classes[chosen]
     inputs, compared = torch.from_numpy(input_ids), torch.from_numpy(targets)
     if rows.starts is None:
-        return Batch(inputs, torch.from_numpy(mask), compared)
+        return Batch(inputs, torch.from_numpy(mask), compared, predicting=predicting(compared) if causal else None)
     positions, segments = (torch.from_numpy(array) for array in _places(rows, chosen, shape))
     if varlen:
         there = torch.from_numpy(mask).bool()
-        return Batch(inputs[there][None], None, compared[there][None], positions[there][None])
-    return Batch(inputs, block_diagonal(segments), compared, positions)
+        inputs, compared, positions = (tensor[there][None] for tensor in (inputs, compared, positions))
+        return Batch(inputs, None, compared, positions, predicting(compared))
+    return Batch(inputs, block_diagonal(segments), compared, positions, predicting(compared))
+
+
+def predicting(targets: torch.Tensor) -> torch.Tensor:
+    """Flat indices of the positions of `targets`, (rows, longest), whose next token is one."""
+    # A row's first token never is a target, so no row's last position predicts the first of the next.
+    return (targets.flatten()[1:] != IGNORED).nonzero().flatten()
 
 
 def _places(rows: Rows, chosen: Indices, shape: tuple[int, int]) -> tuple[Indices, Indices]:

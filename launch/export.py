@@ -7,8 +7,8 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -19,10 +19,11 @@ from launch.config import AdapterSpec, TrainSpec
 from launch.contract import ProgressLine
 from launch.engine import Engine
 from launch.model import load_model, whole
+from launch.provenance import RECORD, RunRecord
 from launch.report import ClassReport
 from launch.samples import Sample
 
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "datasets")
+CARD_PACKAGES = ("tuneyard", "torch", "transformers", "accelerate", "deepspeed", "peft", "datasets")
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,13 @@ def export(
     spec: TrainSpec,
     labels: tuple[str, ...],
     outcome: Outcome,
+    record: Future[RunRecord] | None,
     output: Path,
 ) -> None:
     """Write the model directory `output`, whole or not at all; an older one there is replaced. All ranks call it.
 
     The weights are the engine's, which are those of `outcome.step`. With an adapter, they are the adapter's alone and
-    the directory is one that peft loads, unless it is to be merged into the base.
+    the directory is one that peft loads, unless it is to be merged into the base. `record` is rank 0's.
 
     Raises:
         OSError: the directory cannot be written.
@@ -68,7 +70,8 @@ def export(
         else:
             engine.module.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
-        write_report(unfinished, spec, outcome)
+        assert record is not None
+        write_report(unfinished, record.result(), outcome)
         _put_in_place(unfinished, output)
     if engine.accelerator.num_processes > 1:
         torch.distributed.barrier()
@@ -119,15 +122,16 @@ def _put_in_place(unfinished: Path, output: Path) -> None:
 
 def write_report(
     directory: Path,
-    spec: TrainSpec,
+    record: RunRecord,
     outcome: Outcome,
 ) -> None:
-    """README.md, metrics.json, job.json, versions.json, the training curve as data and as a picture, and samples."""
-    versions = {package: version(package) for package in PACKAGES}
+    """README.md, metrics.json, job.json, versions.json, run.json, the training curve (data, picture), samples."""
+    spec, versions = record.spec, record.surroundings.versions
     measured = {**outcome.metrics, **(outcome.classes.as_dict() if outcome.classes else {})}
     (directory / "metrics.json").write_text(json.dumps(measured, indent=2) + "\n")
     (directory / "job.json").write_text(spec.model_dump_json(indent=2) + "\n")
     (directory / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    (directory / RECORD).write_text(record.model_dump_json(indent=2) + "\n")
     lines = [line.model_dump_json(exclude_none=True) for line in outcome.curve]
     (directory / "training-curve.jsonl").write_text("".join(line + "\n" for line in lines))
     plot_curve(outcome.curve, directory / "training-curve.png")
@@ -209,8 +213,9 @@ def model_card(
             "",
             *sample_words(outcome.samples),
             "The complete job is in `job.json`. Made with "
-            + ", ".join(f"{package} {number}" for package, number in versions.items())
+            + ", ".join(f"{package} {versions[package]}" for package in CARD_PACKAGES if package in versions)
             + ".",
+            f"`tuneyard reproduce` on this directory runs it again, as `{RECORD}` tells, and compares the weights.",
             "",
         ]
     )

@@ -1,4 +1,4 @@
-"""Losses summed over rows or target tokens, and what they are a mean over: the loop divides by the batch's sum."""
+"""Losses of classes, and what a loss is a mean over: the loop divides by the global batch's sum."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ import torch
 from torch.nn import functional
 
 from launch.config import Task
-from launch.data import IGNORED, Batch, Rows
+from launch.data import Rows
 from launch.errors import SpecError
 from launch.sampler import Indices
 
 
-def row_losses(
+def class_losses(
     logits: torch.Tensor,
-    batch: Batch,
-    task: Task,
-    *,
+    targets: torch.Tensor,
     class_weights: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Cross-entropy of each row in fp32, shape (rows,): of its class, or summed over its target tokens.
+    """Cross-entropy in fp32 of each row's class, shape (rows,), from logits (rows, classes).
 
     With class weights w, C classes and smoothing e, a row of class y has the loss
 
@@ -32,15 +30,9 @@ def row_losses(
 
     and divided by the sum of w[y] over the global batch (loss_terms) that is torch.nn.CrossEntropyLoss of it.
     """
-    if task == "sequence-classification":
-        return functional.cross_entropy(
-            logits.float(), batch.targets, weight=class_weights, reduction="none", label_smoothing=label_smoothing
-        )
-    predicted = logits[:, :-1].float().transpose(1, 2)  # position t predicts token t + 1
-    losses = functional.cross_entropy(
-        predicted, batch.targets[:, 1:], reduction="none", ignore_index=IGNORED, label_smoothing=label_smoothing
+    return functional.cross_entropy(
+        logits.float(), targets, weight=class_weights, reduction="none", label_smoothing=label_smoothing
     )
-    return losses.sum(dim=1)
 
 
 def loss_terms(rows: Rows, chosen: Indices, task: Task, class_weights: torch.Tensor | None = None) -> float:

@@ -14,7 +14,8 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from launch.config import Metric, Task
 from launch.data import Rows, collate
 from launch.engine import Engine
-from launch.losses import loss_terms, row_losses
+from launch.losses import loss_terms
+from launch.objective import Objective
 from launch.sampler import rank_micro_batches
 
 
@@ -27,40 +28,42 @@ class Evaluation(NamedTuple):
     """sequence-classification: the class that each row was taken for."""
 
 
-def evaluate(engine: Engine, rows: Rows, task: Task, batch_size: int, pad_token_id: int) -> Evaluation:
-    """Measure `rows`.
+def evaluate(
+    engine: Engine, objective: Objective, rows: Rows, task: Task, batch_size: int, pad_token_id: int
+) -> Evaluation:
+    """Measure `rows`, those of like length together.
 
     Each rank writes what it found into vectors as long as the data, zero elsewhere, and their sum over ranks is the
     whole: nothing is padded, repeated or out of order. Dummy batches only keep ZeRO-3's gathers in step.
     """
     accelerator = engine.accelerator
     causal = task == "causal-lm"
-    everything = np.arange(len(rows), dtype=np.int64)
-    found = torch.zeros(2, len(rows), dtype=torch.float64)  # loss, predicted class
+    everything = np.argsort(-rows.lengths, kind="stable")  # what does not fit into memory shows at once
+    found = torch.zeros(2, len(rows), dtype=torch.float64, device=accelerator.device)  # loss, predicted class
     engine.module.eval()
     with torch.no_grad():
         for part in rank_micro_batches(everything, accelerator.process_index, accelerator.num_processes, batch_size):
             batch = collate(rows, part.rows, pad_token_id, causal=causal).to(accelerator.device)
-            logits = engine(**batch.inputs()).logits
+            losses, predicted = objective.by_row(engine, batch)
             if not part.dummy:
-                chosen = torch.from_numpy(part.rows)
-                found[0, chosen] = row_losses(logits, batch, task).double().cpu()
-                if not causal:
-                    found[1, chosen] = logits.argmax(dim=-1).double().cpu()
+                chosen = torch.from_numpy(part.rows).to(found.device)
+                found[0, chosen] = losses.double()
+                if predicted is not None:
+                    found[1, chosen] = predicted.double()
     engine.module.train()
     found = sum_over_ranks(engine, found)
     loss = float(found[0].sum()) / loss_terms(rows, everything, task)
     if causal:
         return Evaluation({"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
-    predicted = found[1].long().numpy()
+    classes = found[1].long().numpy()
     return Evaluation(
         {
             "loss": loss,
-            "accuracy": float(accuracy_score(rows.classes, predicted)),
-            "f1_macro": float(f1_score(rows.classes, predicted, average="macro", zero_division=0)),
-            "mcc": float(matthews_corrcoef(rows.classes, predicted)),
+            "accuracy": float(accuracy_score(rows.classes, classes)),
+            "f1_macro": float(f1_score(rows.classes, classes, average="macro", zero_division=0)),
+            "mcc": float(matthews_corrcoef(rows.classes, classes)),
         },
-        predicted,
+        classes,
     )
 
 

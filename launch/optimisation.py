@@ -79,6 +79,9 @@ class OptimSpec(Section):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     seed: int = Field(0, ge=0, lt=2**32)
+    deterministic: bool = False
+    """Ask torch for deterministic kernels: slower on a GPU, and refused where an operation has none. A CPU needs none:
+    its kernels are."""
     group_by_length: bool = True
     """Batches of rows of like length: less padding, so faster. The order stays a function of the seed."""
     eval_every: int | None = Field(None, ge=1)

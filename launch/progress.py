@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from launch.contract import ProgressLine
@@ -16,6 +17,8 @@ class Progress:
         self._file = path.open("a", encoding="utf-8")
         self.curve: list[ProgressLine] = []
         """Lines of phases `train` and `evaluate`, for the training curve."""
+        self.follow: Callable[[ProgressLine], None] = lambda _line: None
+        """Is given every line once it is written: the trackers."""
         self._started: float | None = None
         self._samples_before = 0
         self._steps_before = 0
@@ -25,6 +28,7 @@ class Progress:
         self._file.flush()
         if line.phase in ("train", "evaluate"):
             self.curve.append(line)
+        self.follow(line)
 
     def phase(self, phase: str, step: int = 0, steps: int | None = None, samples: int = 0) -> None:
         self.write(ProgressLine(time=time.time(), phase=phase, step=step, steps=steps, samples=samples))

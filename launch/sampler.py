@@ -64,14 +64,15 @@ class Sampler:
 
     def order(self, epoch: int) -> Indices:
         """The order in which epoch `epoch` (0-based) visits its rows; shape (rows,)."""
-        if epoch not in self._orders:
-            self._orders.clear()  # one epoch at a time is walked through
+        order = self._orders.get(epoch)
+        if order is None:
             order = epoch_order(self.fingerprint, self.seed, epoch, self.rows)
             if self.lengths is not None:
                 key = (self.fingerprint, self.seed, epoch)
                 order = grouped_by_length(order, self.lengths, self.global_batch_size, *key)
+            self._orders.clear()  # one epoch at a time is walked through; two threads may cross its end apart
             self._orders[epoch] = order
-        return self._orders[epoch]
+        return order
 
     def batch(self, consumed: int) -> Indices:
         """Rows of the step that follows `consumed` samples; the last batch of an epoch may be smaller."""

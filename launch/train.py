@@ -7,25 +7,30 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate.utils import set_seed
 
 from launch.best import Best
 from launch.checkpoint import same_topology as checkpoint
 from launch.config import TrainSpec
 from launch.contract import AttemptFiles, ExitCode, RankResult, RunContract, TrainSummary
-from launch.data import Batch, Corpus, Rows, collate, load_corpus, sampler_for
+from launch.data import Batch, Corpus, Rows, load_corpus, sampler_for
+from launch.determinism import seed_all, settle
 from launch.engine import Engine, build_engine, make_accelerator, peak_bytes
 from launch.errors import ContractError, DataError, SpecError
 from launch.export import Outcome, export
-from launch.losses import loss_terms, row_losses, weights_of_classes
-from launch.metrics import EarlyStop, Evaluation, evaluate, sum_over_ranks
+from launch.feed import Feed
+from launch.losses import loss_terms, weights_of_classes
+from launch.metrics import EarlyStop, Evaluation, evaluate
 from launch.model import build_model, load_tokenizer
+from launch.objective import Objective, objective_of
 from launch.progress import Progress
 from launch.report import ClassReport, class_report
-from launch.sampler import Indices, micro_steps, rank_micro_batches
+from launch.sampler import micro_steps
 from launch.samples import continued
 from launch.schedule import rate_at
 from launch.stop import StopWish
+from launch.tally import Heard, Step, Tally
+from launch.tracking import start_trackers
+from launch.witness import begin_record, check_data
 
 MAX_SKIPPED = 10
 """Steps in a row whose loss may be not finite, with `on_nonfinite: skip`."""
@@ -44,20 +49,25 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     assert spec is not None
     progress = Progress(files.progress(rank))
     progress.phase("start")
-    accelerator = make_accelerator(plan, spec.train, spec.trackers, str(files.run_dir / "trackers"))
-    set_seed(spec.train.seed + rank)  # dropout: another mask on each rank
+    settle(spec.train, contract.origin.pinned, rank)
+    accelerator = make_accelerator(plan, spec.train, spec.trackers, contract.tracker_dir)
+    seed_all(spec.train.seed, rank)
 
     progress.phase("load")
     tokenizer = load_tokenizer(spec.model, spec.data.chat_template)
     corpus = load_corpus(spec, tokenizer)
     model = build_model(spec, corpus.labels, int(tokenizer.pad_token_id), checkpointing=plan.activation_checkpointing)
+    weights = weights_of_classes(spec.train.class_weights, corpus.train, corpus.labels)
+    objective = objective_of(spec, model, weights)
     engine = build_engine(accelerator, model, plan, spec.train)
     fingerprint = agreed_fingerprint(engine, corpus.train)
-    if spec.trackers:
-        accelerator.init_trackers(spec.name, config={"name": spec.name, "learning_rate": spec.train.learning_rate})
-
-    loop = Loop(contract, spec, engine, corpus, fingerprint, int(tokenizer.pad_token_id), progress, stop)
+    check_data(contract, corpus)
+    loop = Loop(contract, spec, engine, objective, corpus, fingerprint, int(tokenizer.pad_token_id), progress, stop)
     loop.resume(Path(contract.checkpoint_dir))
+    record = begin_record(contract, engine, corpus, loop.step)
+    if spec.trackers:
+        folder = Path(contract.tracker_dir)
+        progress.follow = start_trackers(accelerator, spec, contract.job_id, folder, loop.step)
     stopped = loop.run()
     if stopped:
         loop.save()
@@ -68,7 +78,7 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     samples = continued(engine, tokenizer, corpus.test or corpus.validation, spec.train)
     progress.phase("export", loop.step, loop.steps, loop.consumed)
     outcome = Outcome(step, metrics, classes, tuple(samples), corpus.dropped, tuple(progress.curve))
-    export(engine, tokenizer, spec, corpus.labels, outcome, Path(contract.output_dir))
+    export(engine, tokenizer, spec, corpus.labels, outcome, record, Path(contract.output_dir))
     for tracker in accelerator.trackers:
         tracker.finish()
     progress.phase("done", loop.step, loop.steps, loop.consumed)
@@ -89,6 +99,7 @@ class Loop:
         contract: RunContract,
         spec: TrainSpec,
         engine: Engine,
+        objective: Objective,
         corpus: Corpus,
         fingerprint: str,
         pad_token_id: int,
@@ -96,19 +107,31 @@ class Loop:
         stop: StopWish,
     ) -> None:
         self.plan, self.spec, self.optim, self.task = contract.plan, spec, spec.train, spec.model.task
-        self.engine, self.corpus, self.pad_token_id = engine, corpus, pad_token_id
+        self.engine, self.objective, self.corpus, self.pad_token_id = engine, objective, corpus, pad_token_id
         self.progress, self.stop = progress, stop
         self.rank = engine.accelerator.process_index
-        self.varlen = spec.data.packing and engine.module.config._attn_implementation == "flash_attention_2"
-        self.sampler = sampler_for(corpus.train, self.optim)
+        self.device = engine.accelerator.device
+        sampler = sampler_for(corpus.train, self.optim)
+        self.feed = Feed(
+            corpus.train,
+            sampler,
+            self.plan,
+            self.rank,
+            pad_token_id,
+            causal=self.task == "causal-lm",
+            varlen=spec.data.packing and engine.module.config._attn_implementation == "flash_attention_2",
+            ahead=self.plan.device == "cuda",
+        )
         self.fingerprint, self.checkpoint_dir = fingerprint, Path(contract.checkpoint_dir)
         early = self.optim.early_stopping
         self.early_stop = EarlyStop(early.metric, early.patience, early.min_delta) if early else None
         self.best = Best(engine, early.metric if early else "loss") if self.optim.keep_best else None
-        weights = weights_of_classes(self.optim.class_weights, corpus.train, corpus.labels)
-        self.class_weights = weights.to(engine.accelerator.device) if weights is not None else None
+        self.class_weights = weights_of_classes(self.optim.class_weights, corpus.train, corpus.labels)
+        # A host that waits for each step's loss leaves a GPU idle between steps. It is read a step later, unless the
+        # loss decides whether the step is taken.
+        self.tally = Tally(self.device, late=self.plan.device == "cuda" and self.optim.on_nonfinite == "stop")
         self.saved_at = 0
-        self.steps = self.optim.max_steps or self.sampler.steps_for(self.optim.epochs or 1)
+        self.steps = self.optim.max_steps or sampler.steps_for(self.optim.epochs or 1)
         self.step = 0
         self.consumed = 0
         self.losses: list[float] = []
@@ -146,18 +169,25 @@ class Loop:
         self.progress.start_training(self.step, self.consumed)
         while self.step < self.steps:
             stop_agreed = self.train_step()
+            evaluates = held_out is not None and self.is_time_to_evaluate()
+            if stop_agreed or evaluates or self.is_time_to_save() or self.step == self.steps:
+                stop_agreed |= self.settle()
             if stop_agreed and self.step < self.steps:
                 return True
-            if held_out is not None and self.is_time_to_evaluate():
+            if held_out is not None and evaluates:
                 metrics = self.evaluated(held_out).metrics
                 if self.best is not None:
                     self.best.sees(metrics, self.step)
                 if self.early_stop is not None and self.early_stop.sees(metrics):
                     self.stopped_early = True
                     break
-            if self.spec.checkpoint.every_steps and self.step % self.spec.checkpoint.every_steps == 0:
+            if self.is_time_to_save():
                 self.save()
         return False
+
+    def is_time_to_save(self) -> bool:
+        every = self.spec.checkpoint.every_steps
+        return every is not None and self.step % every == 0
 
     def is_time_to_evaluate(self) -> bool:
         """Every so many steps; the last step's weights, too, may be the best."""
@@ -204,34 +234,44 @@ class Loop:
         self.saved_at = self.step
 
     def train_step(self) -> bool:
-        """One optimizer step on the next global batch; returns whether the ranks agreed to stop after it.
+        """One optimizer step on the next global batch; returns whether the ranks have agreed to stop.
 
         They agree by the one small all-reduce that also carries the loss.
         """
-        rows = self.corpus.train
-        batch = self.sampler.batch(self.consumed)
+        batch = self.feed.chosen(self.consumed)
         rate = rate_at(self.optim, self.step, self.steps)
-        terms = loss_terms(rows, batch, self.task, self.class_weights)
-        loss_sum = self.accumulate(rows, batch, terms)
-        shared = sum_over_ranks(self.engine, torch.tensor([loss_sum, float(self.stop.wished())], dtype=torch.float64))
-        loss = float(shared[0]) / terms
+        terms = loss_terms(self.corpus.train, batch, self.task, self.class_weights)
+        loss_sum = self.accumulate(terms)
         self.step += 1
         self.consumed += len(batch)
+        told = self.tally.tell(Step(self.step, self.consumed, rate, terms), loss_sum, stop=self.stop.wished())
+        if self.tally.late:
+            self.engine.step(rate)
+            return told is not None and self.take(told)
+        assert told is not None
+        if math.isfinite(told.loss):
+            self.engine.step(rate)
+        return self.take(told)
+
+    def take(self, told: Heard) -> bool:
+        """Note what became of a step; returns whether a rank wished to stop then."""
+        step, loss, stop = told
         if not math.isfinite(loss):
-            self.skip(loss)
-            return bool(shared[1] > 0)
-        self.engine.step(rate)
+            self.skip(step, loss)
+            return stop
         self.skipped_in_a_row = 0
         self.losses.append(loss)
         self.first_step_at = self.first_step_at or time.time()
-        if self.step % self.optim.log_every == 0 or self.step == self.steps:
-            memory = peak_bytes(self.engine.accelerator.device)
-            self.progress.step(self.step, self.steps, self.consumed, loss, rate, memory)
-            if self.spec.trackers:
-                self.engine.accelerator.log({"train/loss": loss, "train/learning_rate": rate}, step=self.step)
-        return bool(shared[1] > 0)
+        if step.number % self.optim.log_every == 0 or step.number == self.steps:
+            self.progress.step(step.number, self.steps, step.consumed, loss, step.rate, peak_bytes(self.device))
+        return stop
 
-    def skip(self, loss: float) -> None:
+    def settle(self) -> bool:
+        """Take in what the ranks have told of a step and nobody has looked at yet; whether they agreed to stop."""
+        told = self.tally.rest()
+        return told is not None and self.take(told)
+
+    def skip(self, step: Step, loss: float) -> None:
         """Leave the step out, if the job lets us: its rows are consumed and its learning rate has passed.
 
         Raises:
@@ -241,46 +281,33 @@ class Loop:
         if self.optim.on_nonfinite == "stop" or self.skipped_in_a_row > MAX_SKIPPED:
             before = f", after {MAX_SKIPPED} skipped steps" if self.skipped_in_a_row > MAX_SKIPPED else ""
             raise SpecError(
-                f"the loss is {loss} at step {self.step}{before}",
+                f"the loss is {loss} at step {step.number}{before}",
                 code="loss-not-finite",
                 field="train.learning_rate",
                 hint="lower the learning rate, add warmup_steps, or take bf16 or fp32 instead of fp16",
             )
         self.engine.skip()
         self.skipped += 1
-        self.progress.skipped(self.step, self.steps, self.consumed, self.skipped)
+        self.progress.skipped(step.number, self.steps, step.consumed, self.skipped)
 
-    def accumulate(self, rows: Rows, batch: Indices, terms: float) -> float:
-        """Gradient of the mean loss over `batch`; returns the sum of this rank's losses."""
-        parts = rank_micro_batches(batch, self.rank, self.plan.world_size, self.plan.micro_batch_size)
-        loss_sum = 0.0
-        for i, part in enumerate(parts):
-            micro = collate(rows, part.rows, self.pad_token_id, causal=self.task == "causal-lm", varlen=self.varlen).to(
-                self.engine.accelerator.device
-            )
-            with self.engine.micro_step(last=i == len(parts) - 1):
-                logits = self.engine(**micro.inputs()).logits
-                loss = self.training_losses(logits, micro).sum() * (0.0 if part.dummy else 1.0)
+    def accumulate(self, terms: float) -> torch.Tensor:
+        """Gradient of the mean loss over the next global batch; returns the sum of this rank's losses."""
+        micros = list(self.feed.step(self.consumed, self.device))
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i, micro in enumerate(micros):
+            with self.engine.micro_step(last=i == len(micros) - 1):
+                loss = self.summed_loss(micro.batch) * micro.weight
                 self.engine.backward(loss / terms)
-            loss_sum += float(loss.detach())
-        return loss_sum
+            total += loss.detach()
+        return total
 
-    def training_losses(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return row_losses(
-            logits,
-            batch,
-            self.task,
-            class_weights=self.class_weights,
-            label_smoothing=self.optim.label_smoothing,
-        )
+    def summed_loss(self, batch: Batch) -> torch.Tensor:
+        return self.objective.summed(self.engine, batch)
 
     def evaluated(self, rows: Rows) -> Evaluation:
         size = self.optim.eval_batch_size or 2 * self.plan.micro_batch_size
-        evaluation = evaluate(self.engine, rows, self.task, size, self.pad_token_id)
-        metrics = evaluation.metrics
-        self.progress.evaluation(self.step, self.steps, self.consumed, metrics)
-        if self.spec.trackers:
-            self.engine.accelerator.log({f"eval/{name}": value for name, value in metrics.items()}, step=self.step)
+        evaluation = evaluate(self.engine, self.objective, rows, self.task, size, self.pad_token_id)
+        self.progress.evaluation(self.step, self.steps, self.consumed, evaluation.metrics)
         return evaluation
 
     def final_metrics(self) -> tuple[dict[str, float], ClassReport | None]:

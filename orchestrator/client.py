@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import httpx
 from pydantic import TypeAdapter, ValidationError
 
+from launch.contract import GitState
 from orchestrator.errors import (
     ConflictError,
     ExecutorError,
@@ -68,9 +69,9 @@ class Client:
         """`ok`, `version`, and whether that controller is the acting one."""
         return self._ask(dict[str, Any], "GET", "/healthz")
 
-    def submit(self, job: AnyJob) -> JobView:
-        """Queue `job`. Raises ImpossibleGangError or SpecError; then nothing is stored."""
-        body = {"job": job.model_dump(mode="json")}
+    def submit(self, job: AnyJob, git: GitState | None = None) -> JobView:
+        """Queue `job`, whose file stood at `git`. Raises ImpossibleGangError or SpecError; then nothing is stored."""
+        body = {"job": job.model_dump(mode="json"), "git": None if git is None else git.model_dump(mode="json")}
         return self._ask(JobView, "POST", "/v1/jobs", json=body)
 
     def dry_run(self, job: AnyJob) -> DryRun:

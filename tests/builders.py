@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 from launch.attempt import ExitCode
-from launch.contract import RankError, RankExit
+from launch.config import TrainSpec
+from launch.contract import ExecutionPlan, RankError, RankExit
 from launch.document import parse_document
+from launch.provenance import BaseWeights, NodeUse, RunRecord, Surroundings
 from orchestrator.cluster.model import Gpu, Node
 from orchestrator.job.spec import AnyJob, load_job
 from orchestrator.schedule.decide import Waiting
@@ -57,3 +59,30 @@ def a_waiting(job_id: str, processes: int = 1, most: int | None = None, **change
 def an_exit(rank: int = 0, code: ExitCode = ExitCode.DONE, time: float = 1.0, message: str | None = None) -> RankExit:
     error = RankError(code="oops", message=message) if message else None
     return RankExit(rank=rank, code=code, time=time, error=error)
+
+
+def a_record(**changes: Any) -> RunRecord:
+    """The record of a run on two processes of one node."""
+    spec = {
+        "name": "small",
+        "model": {"name_or_path": "org/model", "task": "sequence-classification"},
+        "data": {"train": "org/data"},
+        "train": {"max_steps": 1},
+    }
+    values: dict[str, Any] = {
+        "job": "small-1",
+        "spec": TrainSpec.model_validate_json(json.dumps(spec)),
+        "seed": 0,
+        "plan": ExecutionPlan(
+            engine="zero2", world_size=2, device="cpu", micro_batch_size=3, gradient_accumulation_steps=3
+        ),
+        "nodes": (NodeUse(processes=2, threads=1),),
+        "threads": (1, 1),
+        "data": {"train": "f1"},
+        "base": BaseWeights(),
+        "job_file": None,
+        "surroundings": Surroundings(versions={"torch": "1"}, python="3", system="Linux", cpu="a CPU"),
+        "attempts": 1,
+        "command": "tuneyard reproduce small",
+    }
+    return RunRecord(**(values | changes))

@@ -30,19 +30,16 @@ def no_weight_decay() -> None:
 def mean_of_means() -> None:
     """Each micro-batch counts the same, however many rows it has."""
     import launch.train
-    from launch.data import Rows, collate
-    from launch.sampler import rank_micro_batches
 
-    def accumulate(loop: launch.train.Loop, rows: Rows, batch: Any, _terms: int) -> float:
-        parts = rank_micro_batches(batch, loop.rank, loop.plan.world_size, loop.plan.micro_batch_size)
-        total = 0.0
-        for i, part in enumerate(parts):
-            micro = collate(rows, part.rows, loop.pad_token_id, causal=False)
-            with loop.engine.micro_step(last=i == len(parts) - 1):
-                logits = loop.engine(input_ids=micro.input_ids, attention_mask=micro.attention_mask).logits
-                loss = torch.nn.functional.cross_entropy(logits, micro.targets)
-                loop.engine.backward(loss / len(parts) / loop.plan.world_size)
-            total += 0.0 if part.dummy else float(loss) * len(part.rows)
+    def accumulate(loop: launch.train.Loop, _terms: float) -> torch.Tensor:
+        micros = list(loop.feed.step(loop.consumed, loop.device))
+        total = torch.zeros((), dtype=torch.float64)
+        for i, micro in enumerate(micros):
+            with loop.engine.micro_step(last=i == len(micros) - 1):
+                logits = loop.engine(**micro.batch.inputs()).logits
+                loss = torch.nn.functional.cross_entropy(logits, micro.batch.targets)
+                loop.engine.backward(loss / len(micros) / loop.plan.world_size)
+            total += micro.weight * loss.detach() * len(micro.batch.targets)
         return total
 
     launch.train.Loop.accumulate = accumulate
@@ -64,24 +61,24 @@ def nan_at_3() -> None:
     """Not a mistake but bad luck: rank 0's loss in step 3 is not a number; those of the other ranks are."""
     import launch.train
 
-    losses = launch.train.Loop.training_losses
+    losses = launch.train.Loop.summed_loss
 
     def unlucky(loop: launch.train.Loop, *arguments: Any) -> torch.Tensor:
         return losses(loop, *arguments) * (float("nan") if loop.step == 2 and loop.rank == 0 else 1.0)
 
-    launch.train.Loop.training_losses = unlucky
+    launch.train.Loop.summed_loss = unlucky
 
 
 def nan_from_3() -> None:
     """Rank 0's loss is not a number from step 3 on."""
     import launch.train
 
-    losses = launch.train.Loop.training_losses
+    losses = launch.train.Loop.summed_loss
 
     def unlucky(loop: launch.train.Loop, *arguments: Any) -> torch.Tensor:
         return losses(loop, *arguments) * (float("nan") if loop.step >= 2 and loop.rank == 0 else 1.0)
 
-    launch.train.Loop.training_losses = unlucky
+    launch.train.Loop.summed_loss = unlucky
 
 
 def crash_at_6() -> None:

@@ -5,7 +5,22 @@ from __future__ import annotations
 import typer
 
 from launch import __version__
-from orchestrator.cli import cancel, data, describe, doctor, init, logs, ls, nodes, run, schema, submit, up, wait
+from orchestrator.cli import (
+    cancel,
+    data,
+    describe,
+    doctor,
+    init,
+    logs,
+    ls,
+    nodes,
+    reproduce,
+    run,
+    schema,
+    submit,
+    up,
+    wait,
+)
 
 app = typer.Typer(
     name="tuneyard",
@@ -36,6 +51,7 @@ def root(
 app.command("init")(init.init)
 app.command("data")(data.data)
 app.command("run")(run.run)
+app.command("reproduce")(reproduce.reproduce)
 app.command("up")(up.up)
 app.command("down")(up.down)
 app.command("submit")(submit.submit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from launch.git import git_state
 from orchestrator.cli.files import JobFile, Overrides, read_job, told_where
 from orchestrator.cli.output import Format, Output, job_json, out, print_json
 from orchestrator.cli.progress import follow, summary
@@ -41,7 +42,7 @@ def submit(
             else:
                 out.print(f"placement  none yet: {answer.waits}")
             return
-        view = yard.submit(job)
+        view = yard.submit(job, git_state(file))
         if not wait:
             if output == Format.JSON:
                 print_json(job_json(view))

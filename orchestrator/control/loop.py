@@ -11,7 +11,7 @@ from pathlib import Path
 
 import structlog
 
-from launch.contract import RunContract
+from launch.contract import Origin, RunContract
 from orchestrator.control.actions import (
     Action,
     EndAttempt,
@@ -29,9 +29,9 @@ from orchestrator.control.reconcile import Facts, Policy, State, reconcile
 from orchestrator.errors import ConflictError, ExecutorError, LeaseLostError, StoreError
 from orchestrator.execute.protocol import Executor
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
-from orchestrator.job.spec import AnyJob, FromEnvironment, TrainingJob
+from orchestrator.job.spec import FromEnvironment, TrainingJob
 from orchestrator.settings import Settings
-from orchestrator.store.rows import Lease
+from orchestrator.store.rows import JobRow, Lease
 from orchestrator.store.store import Store
 
 log = structlog.get_logger()
@@ -97,10 +97,10 @@ class Controller:
             log.error("the cluster cannot be asked", error=problem.message)
             return []
         actions = reconcile(state, facts, self.clock(), self._policy)
-        specs = {job.id: job.job for job in state.jobs}
+        jobs = {job.id: job for job in state.jobs}
         contracts = {(attempt.job_id, attempt.number): attempt.run for attempt in state.attempts}
         for action in actions:
-            self._apply(action, self.lease, specs, contracts)
+            self._apply(action, self.lease, jobs, contracts)
         return actions
 
     def _observe(self, state: State) -> Facts:
@@ -109,12 +109,12 @@ class Controller:
         return Facts(nodes=nodes, statuses=self.executor.poll(contracts) if contracts else {})
 
     def _apply(
-        self, action: Action, lease: Lease, specs: dict[str, AnyJob], contracts: dict[tuple[str, int], RunContract]
+        self, action: Action, lease: Lease, jobs: dict[str, JobRow], contracts: dict[tuple[str, int], RunContract]
     ) -> None:
         now = self.clock()
         match action:
             case StartAttempt():
-                self._start(action, lease, specs[action.job_id], now)
+                self._start(action, lease, jobs[action.job_id], now)
             case StartAgain(job_id, number):
                 self._start_gang(contracts[job_id, number], lease)
             case MarkRunning(job_id, number):
@@ -145,13 +145,13 @@ class Controller:
                 with self.store.acting(lease) as write:
                     write.explain(job_id, reason)
 
-    def _start(self, action: StartAttempt, lease: Lease, job: AnyJob, now: float) -> None:
+    def _start(self, action: StartAttempt, lease: Lease, row: JobRow, now: float) -> None:
         try:
             port = self.executor.free_port(action.placement)
         except ExecutorError as problem:
             log.warning("node does not answer", job=action.job_id, error=problem.message)
             return
-        contract = self._contract(action, job, port)
+        contract = self._contract(action, row, port)
         reason = Reason(code=ReasonCode.STARTING, sentence=f"attempt {action.number} starts")
         try:
             with self.store.acting(lease) as write:
@@ -187,7 +187,8 @@ class Controller:
                 result=action.result,
             )
 
-    def _contract(self, action: StartAttempt, job: AnyJob, port: int) -> RunContract:
+    def _contract(self, action: StartAttempt, row: JobRow, port: int) -> RunContract:
+        job = row.job
         folder = job_dir(self.settings.root, action.job_id)
         training = job if isinstance(job, TrainingJob) else None
         output = training.output_dir if training and training.output_dir else str(folder / "model")
@@ -207,6 +208,7 @@ class Controller:
             env={name: value for name, value in job.env.items() if isinstance(value, str)},
             env_from={name: value.from_env for name, value in job.env.items() if isinstance(value, FromEnvironment)},
             leash_s=self.settings.leash,
+            origin=row.origin or Origin(),
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from launch.contract import Device, ExitCode, StopRequest
-from orchestrator.cluster.model import Node, Snapshot
+from orchestrator.cluster.model import Node, Placement, Snapshot
 from orchestrator.cluster.status import AttemptStatus
 from orchestrator.control.actions import (
     Action,
@@ -193,11 +193,22 @@ def _queue(state: State, facts: Facts, holding: Sequence[AttemptRow], now: float
     for decision in decide(snapshot, waiting):
         job = queued[decision.job_id]
         if isinstance(decision, Start):
-            device = cast(Device, decision.placement.device)
-            chosen = plan(job.job, decision.placement.world_size, device)
-            yield StartAttempt(job.id, job.attempts + 1, decision.placement, chosen)
+            yield _start(job, decision.placement)
         elif decision.reason != job.reason:
             yield Explain(job.id, decision.reason)
+
+
+def _start(job: JobRow, placement: Placement) -> StartAttempt:
+    """The next attempt, planned for its placement, or as it is pinned to be."""
+    pinned = job.origin.pinned if job.origin is not None else None
+    if pinned is None:
+        chosen = plan(job.job, placement.world_size, cast(Device, placement.device))
+    else:
+        chosen = pinned.plan
+        # A rank whose number is another one sets it itself.
+        shares = tuple(share.model_copy(update={"threads": pinned.threads[0]}) for share in placement.shares)
+        placement = placement.model_copy(update={"shares": shares})
+    return StartAttempt(job.id, job.attempts + 1, placement, chosen)
 
 
 def _waiting(row: JobRow) -> Waiting:

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
 from launch import __version__
+from launch.contract import GitState, Origin
 from orchestrator.cluster.model import Snapshot
 from orchestrator.control.loop import Controller
 from orchestrator.control.reconcile import waiting
@@ -66,6 +67,8 @@ class Submission(BaseModel):
     """A job, validated by whoever submits it and again here."""
 
     job: dict[str, Any]
+    git: GitState | None = None
+    """Of the job file, as its reader saw it."""
 
 
 def create_app(controller: Controller, token: str) -> FastAPI:
@@ -134,7 +137,7 @@ def create_app(controller: Controller, token: str) -> FastAPI:
         job = check_submission(submission.job)
         _check_possible(controller, job)
         suffix = "".join(secrets.choice(ID_ALPHABET) for _ in range(5))
-        row = store.add_job(f"{job.name}-{suffix}", job, time.time())
+        row = store.add_job(f"{job.name}-{suffix}", job, time.time(), Origin(git=submission.git))
         controller.wake.set()
         return job_view(row)
 

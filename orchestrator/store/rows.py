@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from launch.contract import ExecutionPlan, ProgressLine, RunContract, StopRequest
+from launch.contract import ExecutionPlan, Origin, ProgressLine, RunContract, StopRequest
 from orchestrator.cluster.model import Placement
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason
 from orchestrator.job.spec import AnyJob, parse_job
@@ -24,6 +24,7 @@ class JobRow(Row):
     queue: str
     priority: int
     spec: str
+    origin: Origin | None = None
     state: JobState
     reason: Reason
     attempts: int

@@ -17,7 +17,7 @@ from sqlalchemy import (
     Text,
 )
 
-HEAD = "0001"
+HEAD = "0002"
 
 metadata = MetaData(
     naming_convention={
@@ -37,6 +37,7 @@ jobs = Table(
     Column("queue", String(63), nullable=False),
     Column("priority", Integer, nullable=False),
     Column("spec", Text, nullable=False),  # JobSpec as JSON
+    Column("origin", JSON, nullable=True),  # contract.Origin; null for jobs of older versions
     Column("state", String(20), nullable=False),
     Column("reason", JSON, nullable=False),  # lifecycle.Reason
     Column("attempts", Integer, nullable=False, default=0),  # number of the newest attempt

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, SQLAlchemyError
 
+from launch.contract import Origin, dumps
 from orchestrator.errors import ConflictError, LeaseLostError, NotFoundError, StoreError
 from orchestrator.job.lifecycle import JOB_TRANSITIONS, JobState, Reason, ReasonCode
 from orchestrator.job.spec import AnyJob, dump_job
@@ -61,7 +62,7 @@ class Store:
 
     # What users ask for. Needs no lease: it only adds a job or a wish.
 
-    def add_job(self, job_id: str, job: AnyJob, now: float) -> JobRow:
+    def add_job(self, job_id: str, job: AnyJob, now: float, origin: Origin | None = None) -> JobRow:
         """Store `job` as queued. Raises ConflictError if the id is taken."""
         reason = Reason(code=ReasonCode.SUBMITTED, sentence="submitted; the controller has not looked at it yet")
         with self._errors(), self._writing.begin() as connection:
@@ -69,6 +70,7 @@ class Store:
                 connection.execute(
                     schema.jobs.insert().values(
                         id=job_id, name=job.name, queue=job.queue, priority=job.priority, spec=dump_job(job),
+                        origin=None if origin is None else dumps(origin),
                         state=JobState.QUEUED, reason=reason.model_dump(mode="json"), attempts=0,
                         cancel_requested=False, submitted_at=now,
                     )

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launch.config import TrainSpec
 from launch.contract import ExitCode, RankExit, RankResult
 from launch.data import Rows, collate, load_corpus
-from launch.losses import row_losses
 from launch.model import load_tokenizer
+from tests.references import answer_loss
 from tests.worlds import a_contract, a_plan, a_spec, start, write_chats, write_llama
 
 CHATML = (
@@ -84,7 +84,7 @@ def held_out_loss(model: torch.nn.Module, spec: TrainSpec) -> float:
     everything = np.arange(len(rows))
     batch = collate(rows, everything, 1, causal=True)
     with torch.no_grad():
-        summed = row_losses(model.eval()(**batch.inputs()).logits, batch, "causal-lm").sum()
+        summed = answer_loss(model.eval()(**batch.inputs()).logits, batch)
     return float(summed) / rows.targets(everything)
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from launch.data import IGNORED, Batch, Rows
+from launch.data import Rows
 from launch.errors import SpecError
-from launch.losses import loss_terms, row_losses, weights_of_classes
+from launch.losses import class_losses, loss_terms, weights_of_classes
 
 
 def labelled(*labels: int) -> Rows:
@@ -26,24 +26,9 @@ def test_parts_add_up_to_torchs_loss_of_the_whole(smoothing: float, weights: tup
     terms = loss_terms(rows, np.arange(7), "sequence-classification", weight)
     total = 0.0
     for part in (slice(0, 3), slice(3, 4), slice(4, 7)):
-        batch = Batch(torch.zeros(0), torch.zeros(0), targets[part])
-        losses = row_losses(
-            logits[part], batch, "sequence-classification", class_weights=weight, label_smoothing=smoothing
-        )
-        total += float(losses.sum()) / terms
+        total += float(class_losses(logits[part], targets[part], weight, smoothing).sum()) / terms
     stock = torch.nn.CrossEntropyLoss(weight=weight, label_smoothing=smoothing)(logits, targets)
     assert total == pytest.approx(stock.item(), rel=1e-6)
-
-
-def test_smoothed_tokens_are_torchs_and_the_rest_counts_nothing() -> None:
-    logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
-    targets = torch.tensor([[IGNORED, IGNORED, 3, 1], [IGNORED, 2, 4, IGNORED]])
-    batch = Batch(torch.zeros(0), torch.zeros(0), targets)
-    found = row_losses(logits, batch, "causal-lm", label_smoothing=0.1)
-    assert found.shape == (2,)
-    stock = torch.nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=IGNORED)
-    expected = stock(logits[:, :-1].reshape(-1, 5), targets[:, 1:].reshape(-1))
-    assert float(found.sum()) / 4 == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_balanced_weights_are_scikit_learns() -> None:

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from launch.config import TrainSpec
 from launch.data import IGNORED, Batch, Rows, collate, load_corpus
 from launch.errors import SpecError
-from launch.losses import row_losses
 from launch.model import load_tokenizer
 from launch.packing import OPEN_PACKS, check_packable, first_fit
+from tests.references import answer_loss
 from tests.worlds import a_spec, write_dialogues, write_gpt2, write_llama
 
 
@@ -100,7 +100,7 @@ def spec_of(model: Path, data: Path, **changes: object) -> TrainSpec:
 
 def loss_and_gradients(model: torch.nn.Module, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
-    loss = row_losses(model(**batch.inputs()).logits, batch, "causal-lm").sum()
+    loss = answer_loss(model(**batch.inputs()).logits, batch)
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

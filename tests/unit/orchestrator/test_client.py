@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.contract import GitState, Origin
 from orchestrator import client as module
 from orchestrator.client import Client
 from orchestrator.control.loop import Controller
@@ -58,6 +59,15 @@ def test_a_job_arrives_as_it_was_sent(client: Client, controller: Controller, jo
     assert [event.kind for event in client.events(view.id)] == ["submitted"]
     assert client.attempts(view.id) == []
     assert [node.cpu_slots for node in client.nodes()] == [SLOTS]
+
+
+def test_where_the_job_file_stood_arrives_too(client: Client, controller: Controller) -> None:
+    git = GitState(commit="0123456789" * 4, dirty=True, path="jobs/job.yaml")
+    view = client.submit(a_command_job(), git)
+    assert controller.store.job(view.id).origin == Origin(git=git)
+    assert controller.store.job(client.submit(a_command_job()).id).origin == Origin()
+    problem = refused(YardError, lambda: client.submit(a_command_job(), git.model_copy(update={"commit": "HEAD"})))
+    assert (problem.code, problem.field) == ("bad-request", "git.commit")
 
 
 def refused(kind: type[TuneyardError], call: Callable[[], object]) -> TuneyardError:

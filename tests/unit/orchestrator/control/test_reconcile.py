@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from launch.attempt import ExitCode
-from launch.contract import ProgressLine, RankExit, RunContract, StopRequest
+from launch.contract import ExecutionPlan, Origin, Pinned, ProgressLine, RankExit, RunContract, StopRequest
 from orchestrator.cluster.model import Placement, Snapshot
 from orchestrator.cluster.status import AttemptStatus, NodeReport
 from orchestrator.control.actions import (
@@ -262,3 +262,15 @@ def test_an_attempt_that_is_due_to_run_and_to_stop_in_one_tick_does_both_in_a_le
     for new in (AttemptState.RUNNING, AttemptState.STOPPING):
         check_attempt_transition("job-1", 1, state, new)
         state = new
+
+
+def test_a_pinned_job_is_not_planned_anew() -> None:
+    """Another micro-batch and number of threads than the planner would choose, and an accumulation to match."""
+    chosen = ExecutionPlan(
+        engine="zero2", world_size=2, device="cpu", micro_batch_size=3, gradient_accumulation_steps=3
+    )
+    origin = Origin(pinned=Pinned(plan=chosen, threads=(3, 2), data={"train": "f"}))
+    (start,) = reconcile(State([a_row(origin=origin)], []), Facts([NODE]), NOW, POLICY)
+    assert isinstance(start, StartAttempt)
+    assert start.plan == chosen
+    assert [(share.processes, share.threads) for share in start.placement.shares] == [(2, 3)]
