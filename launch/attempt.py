@@ -21,6 +21,10 @@ ENV_OUTPUT_DIR = "TUNEYARD_OUTPUT_DIR"
 ENV_STOP_FILE = "TUNEYARD_STOP_FILE"
 ENV_PROGRESS_FILE = "TUNEYARD_PROGRESS_FILE"
 
+# Environment of a standby: so many characters, the room in which its attempt's id is written when it gets one.
+ENV_RESERVED = "TUNEYARD_STANDBY"
+RESERVED = 160
+
 
 class ExitCode(enum.IntEnum):
     """How a rank ends; the process's exit status."""

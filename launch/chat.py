@@ -66,26 +66,42 @@ def checked(value: Any, row: int, part: str, column: str) -> list[Message]:
     return messages
 
 
-def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, where: str, *, answers: bool) -> Tokens:
-    """The tokens of a dialogue; learned are the assistant's turns, with the token that ends each, or all tokens.
+def encode(
+    dialogues: Sequence[Sequence[Message]], names: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, answers: bool
+) -> list[Tokens]:
+    """The tokens of each dialogue; learned are the assistant's turns, with the token that ends each, or all tokens.
 
-    `where` names the dialogue in errors.
+    `names` are those of the dialogues in errors.
 
     Raises:
-        DataError: the template refuses the dialogue, or what it writes does not tell the answers apart.
+        DataError: the template refuses a dialogue, or what it writes does not tell the answers apart. Of several
+            dialogues at fault, the first is named.
     """
     assert isinstance(tokenizer.chat_template, str)
+    if answers and MARKER.search(tokenizer.chat_template):
+        return _marked(dialogues, names, tokenizer)
     if not answers:
-        ids = _tokenized(render(messages, tokenizer, where), tokenizer)["input_ids"]
-        return Tokens(ids, [True] * len(ids))
-    if MARKER.search(tokenizer.chat_template):
-        return _marked(messages, tokenizer, where)
+        texts = [render(messages, tokenizer, where) for messages, where in zip(dialogues, names, strict=True)]
+        return [Tokens(ids, [True] * len(ids)) for ids in _tokenized(texts, tokenizer)["input_ids"]]
+    written = [_written(messages, tokenizer, where) for messages, where in zip(dialogues, names, strict=True)]
+    encoded = _tokenized([text for text, _ in written], tokenizer, offsets=True)
+    return [
+        Tokens(ids, _inside(offsets, spans))
+        for ids, offsets, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], written, strict=True)
+    ]
+
+
+def _written(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, where: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """What the template writes, and where in it the answers are."""
     whole = render(messages, tokenizer, where)
     spans = []
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
             before = render(messages[:number], tokenizer, where, ask=True)
-            after = render(messages[: number + 1], tokenizer, where)
+            last = number == len(messages) - 1
+            after = whole if last else render(messages[: number + 1], tokenizer, where)
             if not (after.startswith(before) and whole.startswith(after)):
                 raise DataError(
                     f"{where}: the chat template writes turn {number + 1} otherwise when another follows or precedes "
@@ -95,8 +111,14 @@ def encode(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, wher
                     hint="give a template with {% generation %} markers, or set loss_on: all",
                 )
             spans.append((len(before), _end_of_turn(after, len(before), tokenizer)))
-    encoded = _tokenized(whole, tokenizer, offsets=True)
-    return Tokens(encoded["input_ids"], _inside(encoded["offset_mapping"], spans))
+    if not tokenizer.is_fast:
+        raise DataError(
+            "the tokenizer does not tell where its tokens lie in the text",
+            code="slow-tokenizer",
+            field="data.chat_template",
+            hint="give the model's directory a tokenizer.json, or a template with {% generation %} markers",
+        )
+    return whole, spans
 
 
 def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, where: str, *, ask: bool = False) -> str:
@@ -122,34 +144,38 @@ def _refused(problem: TemplateError, where: str) -> DataError:
     )
 
 
-def _marked(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, where: str) -> Tokens:
+def _marked(
+    dialogues: Sequence[Sequence[Message]], names: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[Tokens]:
     try:
         encoded: Any = tokenizer.apply_chat_template(
-            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            [list(messages) for messages in dialogues],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
     except TemplateError as problem:
-        raise _refused(problem, where) from problem
-    learned = [bool(value) for value in encoded["assistant_masks"]]
-    if not any(learned):
-        raise DataError(
-            f"{where}: no token lies within the chat template's generation markers",
-            code="no-targets",
-            field="data.chat_template",
-            hint="put {% generation %} ... {% endgeneration %} around what the assistant says",
-        )
-    return Tokens(list(encoded["input_ids"]), learned)
+        if len(dialogues) == 1:
+            raise _refused(problem, names[0]) from problem
+        # Which of them it was is not said.
+        one_by_one = zip(dialogues, names, strict=True)
+        return [tokens for messages, where in one_by_one for tokens in _marked([messages], [where], tokenizer)]
+    found = []
+    for where, ids, mask in zip(names, encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        if not any(mask):
+            raise DataError(
+                f"{where}: no token lies within the chat template's generation markers",
+                code="no-targets",
+                field="data.chat_template",
+                hint="put {% generation %} ... {% endgeneration %} around what the assistant says",
+            )
+        found.append(Tokens(list(ids), [bool(value) for value in mask]))
+    return found
 
 
-def _tokenized(text: str, tokenizer: PreTrainedTokenizerBase, *, offsets: bool = False) -> Any:
-    if offsets and not tokenizer.is_fast:
-        raise DataError(
-            "the tokenizer does not tell where its tokens lie in the text",
-            code="slow-tokenizer",
-            field="data.chat_template",
-            hint="give the model's directory a tokenizer.json, or a template with {% generation %} markers",
-        )
+def _tokenized(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, offsets: bool = False) -> Any:
     # The template writes the special tokens itself.
-    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=offsets)
+    return tokenizer(texts, add_special_tokens=False, return_offsets_mapping=offsets)
 
 
 def _end_of_turn(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,14 +1,17 @@
 """From the job file's data section to tokenised rows, the same on every rank.
 
-Every rank does all of it: the result is a few numpy arrays, and doing it once would need a place that all nodes
-share. The ranks compare fingerprints before the first step (train.py).
+On each node one rank makes them and the others read them from its cache, as later attempts do; where there is no cache,
+every rank makes them. The ranks compare fingerprints before the first step (train.py).
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,17 +19,21 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from launch.chat import Message, Tokens, encode
+from launch.chat import Tokens
 from launch.config import DataSpec, OptimSpec, TrainSpec
+from launch.encoding import all_cores, encoded, truncated
 from launch.errors import DataError
 from launch.header import columns_of
 from launch.packing import block_diagonal, first_fit
 from launch.parts import split_parts
 from launch.sampler import Indices, Sampler
 from launch.tables import Columns
+from launch.token_cache import Entry, cache_from_environment
+from launch.token_key import corpus_key
 
 IGNORED = -100  # transformers' mark for a position without a target
-TOKENIZE_AT_ONCE = 1000  # rows
+ARRAYS = ("tokens", "offsets", "labels", "learned", "starts")
+PARTS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class Rows:
     """causal-lm: for each token, whether it is a target. A text's first never is: nothing stands before it."""
     starts: npt.NDArray[np.int64] | None = None
     """Packed rows: where in `tokens` each text begins. Each row begins with one."""
+    known_fingerprint: str | None = field(default=None, repr=False, compare=False)
+    """Of rows out of the cache: hashing them takes longer than reading them."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -85,11 +94,19 @@ class Rows:
 
     def fingerprint(self) -> str:
         """Hash of the content: equal fingerprints mean equal training data in the same order."""
+        return self.known_fingerprint or self._hash
+
+    @cached_property
+    def _hash(self) -> str:
         digest = hashlib.sha256()
-        for array in (self.tokens, self.offsets, self.labels, self.learned, self.starts):
-            if array is not None:
-                digest.update(np.ascontiguousarray(array).data)
+        for array in self.arrays().values():
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:32]
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """The arrays that there are, by name, in the order in which the fingerprint takes them."""
+        found = {name: getattr(self, name) for name in ARRAYS}
+        return {name: array for name, array in found.items() if array is not None}
 
 
 def sampler_for(rows: Rows, optim: OptimSpec) -> Sampler:
@@ -109,6 +126,29 @@ class Corpus:
     """Names of the classes by number; empty for causal-lm."""
     dropped: dict[str, int] = field(default_factory=dict)
     """causal-lm: rows of each part that were left out because no target token lies within max_length."""
+
+    def parts(self) -> dict[str, Rows]:
+        """The parts that there are, by name."""
+        found = {name: getattr(self, name) for name in PARTS}
+        return {name: rows for name, rows in found.items() if rows is not None}
+
+    def entry(self) -> Entry:
+        """All of it, for the cache."""
+        parts = self.parts()
+        arrays = {f"{part}.{name}": array for part, rows in parts.items() for name, array in rows.arrays().items()}
+        facts = {"labels": json.dumps(self.labels), "dropped": json.dumps(self.dropped)}
+        return Entry(arrays, facts | {f"{part}.fingerprint": rows.fingerprint() for part, rows in parts.items()})
+
+    @classmethod
+    def of_entry(cls, entry: Entry) -> Corpus:
+        """What `entry` was made of."""
+        rows: dict[str, Rows] = {}
+        for part in PARTS:
+            arrays: dict[str, Any] = {name: entry.arrays.get(f"{part}.{name}") for name in ARRAYS}
+            if arrays["tokens"] is not None:
+                rows[part] = Rows(**arrays, known_fingerprint=entry.facts[f"{part}.fingerprint"])
+        labels, dropped = json.loads(entry.facts["labels"]), json.loads(entry.facts["dropped"])
+        return cls(rows["train"], rows.get("validation"), rows.get("test"), tuple(labels), dropped)
 
 
 @dataclass(frozen=True)
@@ -142,6 +182,28 @@ class Batch:
 
 
 def load_corpus(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+    """What build_corpus makes, out of the cache if it was made before; its arrays are then read-only.
+
+    Raises:
+        DataError: whatever makes the data unfit, with the field at fault.
+        SpecError: the environment gives the cache an impossible limit.
+    """
+    cache = cache_from_environment()
+    if cache is None or not tokenizer.is_fast:  # a slow tokenizer does not tell all that it is
+        return build_corpus(spec, tokenizer)
+
+    def build(alone: bool) -> Entry:
+        with all_cores(alone):
+            return build_corpus(spec, tokenizer).entry()
+
+    entry = cache.fetch(lambda: corpus_key(spec, tokenizer), build)
+    # A tokenizer is exported as it was last called: let it be the same whether or not this rank has made the rows.
+    classes = spec.model.task == "sequence-classification"
+    truncated([""], tokenizer, spec.data.max_length) if classes else tokenizer([""])
+    return Corpus.of_entry(entry)
+
+
+def build_corpus(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Read, deduplicate, split, number the classes and tokenise.
 
     Raises:
@@ -153,9 +215,9 @@ def load_corpus(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase) -> Corpus:
         rows = {name: _classified(part, spec.data, labels, tokenizer, name) for name, part in parts.items()}
     else:
         labels = ()
-        encoded = {name: _encoded(part, spec.data, tokenizer, name) for name, part in parts.items()}
-        rows = {name: _useful(found, spec.data, name) for name, found in encoded.items()}
-        dropped = {name: len(encoded[name]) - len(rows[name]) for name in rows}
+        tokens = {name: encoded(part, spec.data, tokenizer, name) for name, part in parts.items()}
+        rows = {name: _useful(found, spec.data, name) for name, found in tokens.items()}
+        dropped = {name: len(tokens[name]) - len(rows[name]) for name in rows}
         if spec.data.packing:
             rows["train"] = rows["train"].packed(spec.data.max_length, spec.train.seed)
     return Corpus(rows["train"], rows.get("validation"), rows.get("test"), labels, dropped)
@@ -192,51 +254,8 @@ def _classified(
                 field=f"data.{name}",
                 hint=f"the classes are: {', '.join(labels)}",
             )
-    texts = part[data.text_column]
-    tokens: list[list[int]] = []
-    for start in range(0, len(texts), TOKENIZE_AT_ONCE):
-        encoded = tokenizer(texts[start : start + TOKENIZE_AT_ONCE], truncation=True, max_length=data.max_length)
-        tokens.extend(encoded["input_ids"])
+    tokens = truncated(part[data.text_column], tokenizer, data.max_length)
     return Rows(*_flat(tokens), labels=np.asarray([numbers[value] for value in values], dtype=np.int64))
-
-
-def _encoded(part: Columns, data: DataSpec, tokenizer: PreTrainedTokenizerBase, name: str) -> list[Tokens]:
-    """Each row's tokens and targets, not yet cut to max_length."""
-    answers = data.loss_on == "answers"
-    if data.messages_column is not None:
-        dialogues = part[data.messages_column]
-    elif data.prompt_column is not None and data.response_column is not None:
-        pairs = zip(part[data.prompt_column], part[data.response_column], strict=True)
-        if not tokenizer.chat_template:
-            return [_continued(prompt, response, tokenizer, answers=answers) for prompt, response in pairs]
-        dialogues = [
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-            for prompt, response in pairs
-        ]
-    else:
-        texts = [[*tokenizer(text)["input_ids"], *_end(tokenizer)] for text in part[data.text_column]]
-        return [Tokens(ids, [True] * len(ids)) for ids in texts]
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the tokenizer has no chat template to put dialogues into words",
-            code="no-chat-template",
-            field="data.messages_column",
-            hint="name a file with one as data.chat_template",
-        )
-    return [encode(dialogue, tokenizer, _named(dialogue, name), answers=answers) for dialogue in dialogues]
-
-
-def _named(dialogue: list[Message], name: str) -> str:
-    """A dialogue as errors name it: by its beginning, since after a split its number is not that in the file."""
-    opening = next((message["content"] for message in dialogue if message["role"] != "system"), "")
-    return f"the dialogue of the {name} part that begins with {opening[:60]!r}"
-
-
-def _continued(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase, *, answers: bool) -> Tokens:
-    """A prompt and what follows it, of a model without a chat template."""
-    head = tokenizer(prompt)["input_ids"]
-    tail = [*tokenizer(response, add_special_tokens=False)["input_ids"], *_end(tokenizer)]
-    return Tokens([*head, *tail], [not answers] * len(head) + [True] * len(tail))
 
 
 def _useful(encoded: list[Tokens], data: DataSpec, name: str) -> Rows:
@@ -251,19 +270,15 @@ def _useful(encoded: list[Tokens], data: DataSpec, name: str) -> Rows:
             hint="raise data.max_length, or shorten the prompts",
         )
     flat, offsets = _flat([tokens.ids for tokens in useful])
-    learned = np.fromiter((value for tokens in useful for value in tokens.learned), dtype=np.bool_, count=len(flat))
+    learned = np.fromiter(chain.from_iterable(tokens.learned for tokens in useful), dtype=np.bool_, count=len(flat))
     learned[offsets[:-1]] = False
     return Rows(flat, offsets, learned=learned)
-
-
-def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
 
 
 def _flat(tokens: list[list[int]]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     offsets = np.zeros(len(tokens) + 1, dtype=np.int64)
     np.cumsum([len(ids) for ids in tokens], out=offsets[1:])
-    flat = np.fromiter((token for ids in tokens for token in ids), dtype=np.int32, count=int(offsets[-1]))
+    flat = np.fromiter(chain.from_iterable(tokens), dtype=np.int32, count=int(offsets[-1]))
     return flat, offsets
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config import OptimSpec
-from launch.contract import ExecutionPlan, NodeShare
+from launch.contract import Device, ExecutionPlan, NodeShare
 
 BUCKET_ELEMENTS = 20_000_000
 """Gradients reduced at once; ZeRO holds buffers of this size beside the gradients."""
@@ -92,7 +92,7 @@ def accelerate_config(
         "main_training_function": "main",
         "use_cpu": plan.device == "cpu" and plan.zero_stage == 0,
         "gpu_ids": "all",  # which GPUs those are is CUDA_VISIBLE_DEVICES's to say
-        "enable_cpu_affinity": False,
+        "enable_cpu_affinity": plan.device == "cuda",  # the cores near its GPU; on a CPU, launch.cores divides them
     }
     if plan.zero_stage > 0:
         assert deepspeed_file is not None
@@ -122,18 +122,25 @@ def launch_environment(plan: ExecutionPlan, node: NodeShare) -> dict[str, str]:
     always written, true for the one and false for the other, whatever the surrounding environment says.
     """
     environment = {
+        **import_environment(plan.device),
         "OMP_NUM_THREADS": str(node.threads),
-        "TOKENIZERS_PARALLELISM": "false",  # tokenizers' threads and the forks of others do not go together
         "ACCELERATE_USE_CPU": "true" if plan.device == "cpu" and plan.zero_stage == 0 else "false",
-        "PYTHONUNBUFFERED": "1",
     }
     if plan.device == "cpu":
-        environment["DS_ACCELERATOR"] = "cpu"
         environment["CUDA_VISIBLE_DEVICES"] = ""
     else:
         assert len(node.gpus) == node.processes, f"{node.processes} processes on GPUs {node.gpus}"
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in node.gpus)
     return environment
+
+
+def import_environment(device: Device) -> dict[str, str]:
+    """The variables of launch_environment that are read when Python or a library starts: the same for every plan."""
+    environment = {
+        "TOKENIZERS_PARALLELISM": "false",  # tokenizers' threads and the forks of others do not go together
+        "PYTHONUNBUFFERED": "1",
+    }
+    return environment | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
 
 
 def launch_command(python: str, config: Path, contract: Path) -> list[str]:

@@ -215,7 +215,7 @@ def model_card(
             "The complete job is in `job.json`. Made with "
             + ", ".join(f"{package} {versions[package]}" for package in CARD_PACKAGES if package in versions)
             + ".",
-            f"`tuneyard reproduce` on this directory runs it again, as `{RECORD}` tells, and compares the weights.",
+            f"To run it again as `{RECORD}` tells, and compare the weights: `tuneyard reproduce DIRECTORY`.",
             "",
         ]
     )

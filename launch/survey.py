@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from launch.attempt import ExitCode
 from launch.config import TrainSpec, load_train_spec
-from launch.data import load_corpus
+from launch.data import build_corpus
 from launch.document import read_document
 from launch.errors import DataError, TuneyardError
 from launch.header import columns_of
@@ -68,7 +68,7 @@ def survey(spec: TrainSpec) -> Survey:
     uncut = spec.model_copy(update={"data": spec.data.model_copy(update={"max_length": UNLIMITED, "packing": False})})
     tokenizer = load_tokenizer(spec.model)
     tokenizer.model_max_length = UNLIMITED  # else it warns of rows that are too long for the model
-    corpus = load_corpus(uncut, tokenizer)
+    corpus = build_corpus(uncut, tokenizer)
     train_texts = {_normal(text) for text in _texts(parts["train"], columns)}
     told = {}
     for name, part in parts.items():

@@ -7,6 +7,7 @@ up to the next one without an error. Values of CSV and TSV files stay text; noth
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import datasets
 
 Columns = dict[str, list[Any]]
+MARKS_OF_SAVED = ("state.json", "dataset_dict.json")  # one of them lies in what datasets.save_to_disk writes
 
 
 def read_columns(sources: Sequence[str], columns: dict[str, str], part: str) -> Columns:
@@ -79,6 +81,30 @@ def _read(source: str, part: str, columns: dict[str, str]) -> Columns:
         field=f"data.{part}",
         hint=f"did you mean {path.with_name(near[0])}?" if near else "paths are relative to the job file",
     )
+
+
+def content_hash(source: str, part: str) -> str:
+    """Hash of what `source` holds and of the kind that it is read as; not of its name or place.
+
+    A source that cannot be read has one, too: what is wrong with it is read_columns' to say.
+
+    Raises:
+        DataError: a dataset of the hub cannot be loaded.
+    """
+    path = Path(source)
+    if path.is_file():
+        return f"{path.suffix.lower()}:{_hash_of(path)}"
+    if any((path / mark).is_file() for mark in MARKS_OF_SAVED):
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return json.dumps({file.relative_to(path).as_posix(): _hash_of(file) for file in files})
+    if HUB_ID.match(source) and not path.is_dir() and path.suffix.lower() not in SUFFIXES:
+        return f"hub:{_hub_dataset(source, part)._fingerprint}"  # of the commit and the split
+    return "unreadable"
+
+
+def _hash_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _names_in(directory: Path) -> list[str]:

@@ -30,6 +30,9 @@ class Settings(BaseSettings):
     """The API's token; unset makes one and keeps it in `home`, readable by its owner alone."""
     cpu_slots: int | None = Field(None, ge=1)
     """Ranks that one node without GPUs takes at a time; unset means its cores, and at least 4."""
+    standbys: int = Field(1, ge=0)
+    """Processes that each node keeps with their imports done, so that an attempt starts seconds sooner. Each holds some
+    hundred megabytes (`tuneyard nodes` shows it); 0 keeps none."""
     tick: float = Field(0.25, gt=0)
     """Time between two looks of the controller at the world."""
     leash: float = Field(30.0, gt=0)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from launch.contract import ExecutionPlan, NodeShare, ProgressLine
 from orchestrator.cluster.model import Node, Placement
+from orchestrator.cluster.status import StandbyReport
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason
 
 
@@ -60,6 +61,7 @@ class EventView(View):
 class NodeView(Node):
     free: int
     """Ranks that it can take now."""
+    standbys: StandbyReport = StandbyReport()
 
 
 class DryRun(View):

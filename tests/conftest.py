@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -10,14 +11,18 @@ import psutil
 import pytest
 
 from launch.attempt import ENV_RUN_ID
+from launch.token_cache import ENV_CACHE
 from orchestrator.execute.processes import carrying
 
 ENV_SESSION = "PYTEST_YARD_SESSION"  # the tests strip TUNEYARD_ variables, and ranks RAY_ ones
 SESSION = f"{os.getpid()}-{time.time_ns()}"
 LEAVING_S = 10.0  # a process that has written its last word may take a moment to go
 
+CACHE = tempfile.TemporaryDirectory(prefix="tuneyard-cache-")  # the user's own may be stale, and is not to be filled
+
 # Inherited by all that a test starts.
 os.environ[ENV_SESSION] = SESSION
+os.environ[ENV_CACHE] = CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 

@@ -17,10 +17,11 @@ def nodes(output: Output = Format.TEXT) -> None:
         print_json([view.model_dump(mode="json") for view in views])
         return
     table = Table(box=None, pad_edge=False)
-    for heading in ("NODE", "ADDRESS", "CORES", "GPUS", "SLOTS", "FREE"):
+    for heading in ("NODE", "ADDRESS", "CORES", "GPUS", "SLOTS", "FREE", "STANDBYS"):
         table.add_column(heading)
     for view in views:
         gpus = f"{len(view.gpus)} × {view.gpus[0].type}" if view.gpus else "-"
         slots = len(view.gpus) or view.cpu_slots
-        table.add_row(view.name, view.address, str(view.cores), gpus, str(slots), str(view.free))
+        warm = f"{view.standbys.count} ({view.standbys.bytes >> 20} MiB)" if view.standbys.count else "-"
+        table.add_row(view.name, view.address, str(view.cores), gpus, str(slots), str(view.free), warm)
     out.print(table)

@@ -7,6 +7,16 @@ from pydantic import BaseModel, ConfigDict
 from launch.contract import ProgressLine, RankExit
 
 
+class StandbyReport(BaseModel):
+    """The idle standbys of a node."""
+
+    model_config = ConfigDict(frozen=True)
+
+    count: int = 0
+    bytes: int = 0
+    """Memory they hold; what several processes map is divided among them."""
+
+
 class NodeReport(BaseModel):
     """What is known of an attempt on one of its nodes."""
 

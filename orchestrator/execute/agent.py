@@ -1,6 +1,9 @@
 """`python -m orchestrator.execute.agent REQUEST.json`: the node agent of one attempt, where there is no Ray.
 
 It outlives the controller that started it and ends with its attempt. A SIGTERM from outside becomes the stop message.
+
+With `--spare` it has no attempt yet: it keeps a standby for one, and takes the request's path from standard input. As
+long as it has none, it ends with the process that holds the other end.
 """
 
 from __future__ import annotations
@@ -14,12 +17,25 @@ from pathlib import Path
 
 from launch.attempt import AttemptFiles, write_atomically
 from orchestrator.execute.member import LaunchRequest, Member
+from orchestrator.execute.standby import Standbys, node_environment
 
 TICK_S = 0.1
 TERM_GRACE_S = 60.0
 
 
-def serve(request: LaunchRequest) -> int:
+def spare() -> int:
+    """Wait for a request with a standby beside, and run it to its end. Returns 0, also where none came."""
+    standbys = Standbys(1)
+    standbys.want(node_environment())
+    standbys.tick()
+    path = sys.stdin.readline().strip()
+    try:
+        return serve(LaunchRequest.loads(Path(path).read_text()), standbys) if path else 0
+    finally:
+        standbys.close()
+
+
+def serve(request: LaunchRequest, standbys: Standbys | None = None) -> int:
     """Run one attempt's part to its end. Returns 0; how the ranks ended is in the attempt's directory."""
     member = Member(request)
     stop = AttemptFiles(request.run_dir).stop
@@ -31,8 +47,10 @@ def serve(request: LaunchRequest) -> int:
 
     signal.signal(signal.SIGTERM, on_term)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever waits in the terminal
-    if not member.start():
+    if not member.start(standbys):
         return 0
+    if standbys is not None:
+        standbys.close()  # one that did not fit
     while not member.tick():
         time.sleep(TICK_S)
     return 0
@@ -40,4 +58,4 @@ def serve(request: LaunchRequest) -> int:
 
 if __name__ == "__main__":
     os.chdir("/")
-    sys.exit(serve(LaunchRequest.loads(Path(sys.argv[1]).read_text())))
+    sys.exit(spare() if sys.argv[1] == "--spare" else serve(LaunchRequest.loads(Path(sys.argv[1]).read_text())))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,12 +19,13 @@ import psutil
 from launch.attempt import AttemptFiles, write_atomically
 from launch.contract import RunContract, StopRequest
 from orchestrator.cluster.model import Node, Placement
-from orchestrator.cluster.status import AttemptStatus, NodeReport
+from orchestrator.cluster.status import AttemptStatus, NodeReport, StandbyReport
 from orchestrator.errors import ExecutorError
 from orchestrator.execute.gpus import local_gpus
-from orchestrator.execute.processes import is_alive, of_run
+from orchestrator.execute.processes import children_of, held_bytes, is_alive, of_run
 from orchestrator.execute.protocol import read_bytes, read_report
 from orchestrator.execute.request import build_request
+from orchestrator.execute.standby import QUIET_S
 
 MIN_SLOTS = 4  # so that small gangs can be tried on a small machine; their threads share the cores
 
@@ -44,14 +48,20 @@ class LocalExecutor:
     Args:
         slots: ranks it takes on CPU; None means its cores, and at least 4.
         owned: attempts end when this process does (an embedded `run`) instead of outliving it.
+        standbys: agents that are kept with a standby for the next attempts.
     """
 
-    def __init__(self, slots: int | None = None, *, owned: bool = False) -> None:
+    def __init__(self, slots: int | None = None, *, owned: bool = False, standbys: int = 0) -> None:
         self._slots = slots
         self._owned = owned
         self._children: list[subprocess.Popen[bytes]] = []
+        self._standbys = standbys
+        self._spares: list[subprocess.Popen[bytes]] = []
+        self._quiet_until = 0.0
+        self._lock = threading.Lock()  # the API asks for nodes, too
 
     def nodes(self) -> list[Node]:
+        self._keep_spares()
         cores = os.cpu_count() or 1
         return [
             Node(
@@ -63,6 +73,10 @@ class LocalExecutor:
                 gpus=local_gpus(),
             )
         ]
+
+    def standbys(self) -> dict[str, StandbyReport]:
+        held = [child.pid for spare in self._spares for child in children_of(spare.pid)]
+        return {"local": StandbyReport(count=len(held), bytes=sum(map(held_bytes, held)))}
 
     def free_port(self, placement: Placement) -> int:  # noqa: ARG002 - there is one node
         return free_port()
@@ -77,19 +91,35 @@ class LocalExecutor:
             files.run_dir.mkdir(parents=True, exist_ok=True)
             request = files.run_dir / "request.json"
             write_atomically(request, build_request(contract, 0, owner=owner).dumps())
-            agent = subprocess.Popen(
-                [sys.executable, "-m", "orchestrator.execute.agent", str(request)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            self._quiet_until = time.monotonic() + QUIET_S
+            if contract.spec is not None and self._hand_to_spare(request):
+                return
+            agent = _agent(str(request), stdin=subprocess.DEVNULL)
         except OSError as problem:
             raise ExecutorError(
                 f"the attempt's directory or agent cannot be made: {problem}",
                 hint="is the disk full, or TUNEYARD_HOME not writable?",
             ) from problem
         self._children.append(agent)
+
+    def _hand_to_spare(self, request: Path) -> bool:
+        """Whether an agent that waits has got the request."""
+        with self._lock:
+            while self._spares:
+                spare = self._spares.pop(0)
+                assert spare.stdin is not None
+                with contextlib.suppress(BrokenPipeError):  # it has died; the next one, then
+                    spare.stdin.write(f"{request}\n".encode())
+                    spare.stdin.close()
+                    self._children.append(spare)
+                    return True
+        return False
+
+    def _keep_spares(self) -> None:
+        with self._lock:
+            self._spares = [spare for spare in self._spares if spare.poll() is None]
+            if len(self._spares) < self._standbys and time.monotonic() >= self._quiet_until:
+                self._spares.append(_agent("--spare", stdin=subprocess.PIPE))
 
     def poll(self, contracts: Sequence[RunContract]) -> dict[str, AttemptStatus]:
         self._children = [child for child in self._children if child.poll() is None]  # no zombies
@@ -118,7 +148,22 @@ class LocalExecutor:
         return read_bytes(log_path(contract, rank), offset, limit)
 
     def close(self) -> None:
-        """Agents are detached; there is nothing to let go of."""
+        """Agents of attempts are detached; those that wait for one end."""
+        for spare in self._spares:
+            assert spare.stdin is not None
+            spare.stdin.close()
+            spare.wait()
+        self._spares.clear()
+
+
+def _agent(argument: str, stdin: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "orchestrator.execute.agent", argument],
+        stdin=stdin,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def log_path(contract: RunContract, rank: int | None) -> Path:

@@ -11,7 +11,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Any
 import psutil
 
 from launch.attempt import ENV_HEARTBEAT, ENV_RUN_ID, AttemptFiles, ExitCode, write_atomically
-from orchestrator.execute.processes import is_alive, kill, of_run
+from orchestrator.execute.processes import inherited, is_alive, kill, of_run
+from orchestrator.execute.standby import Standbys
 
 HEARTBEAT_S = 0.5
 ECHO_S = 3.0  # time that ranks have to write down how they fail once one of them has
@@ -45,6 +45,8 @@ class LaunchRequest:
     """Path → text, written before the start."""
     owner: tuple[int, float] | None = None
     """Pid and start time of a process without which the attempt has no purpose (an embedded `run`)."""
+    standby: bool = False
+    """Whether a standby may be its launcher: it trains, and no secret would lie in a standby's environment."""
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
@@ -72,8 +74,10 @@ class Member:
     def __post_init__(self) -> None:
         self.files = AttemptFiles(self.request.run_dir)
 
-    def start(self) -> bool:
+    def start(self, standbys: Standbys | None = None) -> bool:
         """Claim the attempt on this node and start its launcher; False if it has been claimed before.
+
+        Where one of `standbys` can be the launcher, it is.
 
         Raises:
             OSError: the directory or the launcher cannot be made.
@@ -89,12 +93,18 @@ class Member:
         for path, text in self.request.files.items():
             write_atomically(Path(path), text)
         self._beat(force=True)
+        env, log_file = self._environment(), self.files.launcher_log(self.request.node_index)
+        if standbys is not None and self.request.standby:
+            self.launcher = standbys.take(self.request.argv, env, self.request.cwd, log_file)
+            standbys.want(env)  # it may have to be started again
+            if self.launcher is not None:
+                return True
         try:
-            with self.files.launcher_log(self.request.node_index).open("ab") as log:
+            with log_file.open("ab") as log:
                 self.launcher = subprocess.Popen(
                     self.request.argv,
                     cwd=self.request.cwd,
-                    env=self._environment(),
+                    env=env,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -144,14 +154,10 @@ class Member:
             self._beat_at = now
 
     def _environment(self) -> dict[str, str]:
-        """The agent's own, without what Ray put there for its workers, plus the request's."""
-        env = {
-            key: value for key, value in os.environ.items() if not key.startswith("RAY_") and key != "OMP_NUM_THREADS"
-        }
+        """The agent's own, plus the request's."""
+        env = inherited()
         env.update({name: os.environ[source] for name, source in self.request.env_from.items() if source in os.environ})
         env.update(self.request.env)
-        # `python` in a user's command is the one that runs the yard, whether or not its environment was activated.
-        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
         env[ENV_RUN_ID] = self.request.run_id
         env[ENV_HEARTBEAT] = str(self.files.heartbeat(self.request.node_index))
         return env

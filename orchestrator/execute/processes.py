@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +11,14 @@ from pathlib import Path
 import psutil
 
 from launch.attempt import ENV_RUN_ID
+
+
+def inherited() -> dict[str, str]:
+    """This process's environment as ranks get it: without what Ray put there for its workers."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_") and key != "OMP_NUM_THREADS"}
+    # `python` in a user's command is the one that runs the yard, whether or not its environment was activated.
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
+    return env
 
 
 def carrying(name: str, value: str) -> list[psutil.Process]:
@@ -68,3 +78,22 @@ def is_alive(pid: int, start_time: float) -> bool:
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+
+
+def children_of(pid: int) -> list[psutil.Process]:
+    """Living children of `pid`; none if it is gone."""
+    try:
+        return psutil.Process(pid).children()
+    except psutil.Error:
+        return []
+
+
+def held_bytes(pid: int) -> int:
+    """Memory that a process holds, its share of what others map, too; 0 if it is gone."""
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0

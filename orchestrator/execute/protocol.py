@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from launch.attempt import AttemptFiles
 from launch.contract import ProgressLine, RankExit, RunContract, StopRequest
 from orchestrator.cluster.model import Node, Placement
-from orchestrator.cluster.status import AttemptStatus, NodeReport
+from orchestrator.cluster.status import AttemptStatus, NodeReport, StandbyReport
 
 TAIL_BYTES = 8192
 
@@ -21,6 +21,9 @@ class Executor(Protocol):
 
     def nodes(self) -> list[Node]:
         """The nodes that answer now. Raises ExecutorError if the cluster cannot be asked."""
+
+    def standbys(self) -> dict[str, StandbyReport]:
+        """Node id → its idle standbys, of the nodes that answer."""
 
     def free_port(self, placement: Placement) -> int:
         """A port that is free now on the node of rank 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launch.contract import RunContract, StopRequest
 from orchestrator.cluster.model import CORES_LABEL, NAME_LABEL, Gpu, Node, Placement
-from orchestrator.cluster.status import AttemptStatus, NodeReport
+from orchestrator.cluster.status import AttemptStatus, NodeReport, StandbyReport
 from orchestrator.errors import ExecutorError
 from orchestrator.execute.local import log_path
 from orchestrator.execute.protocol import read_bytes, read_report
@@ -26,13 +27,13 @@ GPU_TYPE_LABEL = "ray.io/accelerator-type"
 
 
 class RayExecutor:
-    """Node id is Ray's node id; a node takes as many CPU ranks as it has Ray CPUs.
+    """Node id is Ray's node id; a node takes as many CPU ranks as it has Ray CPUs, and keeps so many `standbys`.
 
     Raises:
         ExecutorError: no Ray cluster answers at `address`.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, standbys: int = 0) -> None:
         try:
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
         except (ConnectionError, RayError, RuntimeError) as problem:
@@ -40,6 +41,7 @@ class RayExecutor:
                 f"no Ray cluster answers at {address}: {problem}", hint="start one with `tuneyard up`"
             ) from problem
         self._agents: dict[str, Any] = {}
+        self._standbys = standbys
 
     def nodes(self) -> list[Node]:
         try:
@@ -54,6 +56,15 @@ class RayExecutor:
             if node.cpu_slots or node.gpus:
                 self._agent(node.id)  # so that it is up before the first gang comes
         return nodes
+
+    def standbys(self) -> dict[str, StandbyReport]:
+        asked = {agent.standbys.remote(): node for node, agent in self._agents.items()}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=CALL_S) if asked else ([], [])
+        found = {}
+        for reference in answered:
+            with contextlib.suppress(RayError):  # its next call tells who died
+                found[asked[reference]] = ray.get(reference)
+        return found
 
     def free_port(self, placement: Placement) -> int:
         return int(self._call(placement.shares[0].node, "free_port"))
@@ -131,7 +142,7 @@ class RayExecutor:
                 num_cpus=0,
                 max_concurrency=8,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-            ).remote()
+            ).remote(self._standbys)
         return self._agents[node_id]
 
     def _call(self, node_id: str, method: str, *arguments: Any) -> Any:

@@ -12,11 +12,12 @@ import time
 
 from launch.attempt import AttemptFiles, write_atomically
 from launch.contract import RunContract
-from orchestrator.cluster.status import NodeReport
+from orchestrator.cluster.status import NodeReport, StandbyReport
 from orchestrator.execute.local import free_port, log_path
 from orchestrator.execute.member import Member
 from orchestrator.execute.protocol import read_bytes, read_report
 from orchestrator.execute.request import build_request
+from orchestrator.execute.standby import Standbys, node_environment
 
 TICK_S = 0.1
 
@@ -24,10 +25,12 @@ TICK_S = 0.1
 class NodeAgent:
     """The actor's class; `RayExecutor` turns it into one."""
 
-    def __init__(self) -> None:
+    def __init__(self, standbys: int = 0) -> None:
         self._raylet = os.getppid()
         self._members: dict[str, Member] = {}
         self._lock = threading.Lock()
+        self._standbys = Standbys(standbys)
+        self._standbys.want(node_environment())
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def ping(self) -> int:
@@ -44,7 +47,7 @@ class NodeAgent:
         with self._lock:
             if contract.run_id in self._members:
                 return False
-            started = member.start()
+            started = member.start(self._standbys)
             if started:
                 self._members[contract.run_id] = member
             return started
@@ -52,6 +55,10 @@ class NodeAgent:
     def report(self, contract_json: str, node_index: int) -> NodeReport:
         """What is known of this node's part."""
         return read_report(RunContract.model_validate_json(contract_json), node_index, reachable=True)
+
+    def standbys(self) -> StandbyReport:
+        with self._lock:
+            return self._standbys.report()
 
     def stop(self, contract_json: str, request_json: str) -> None:
         """Pass the stop message to the ranks here."""
@@ -66,6 +73,7 @@ class NodeAgent:
         while os.getppid() == self._raylet:
             self._tick(healthy=True)
             time.sleep(TICK_S)
+        self._standbys.close()
         # The node is lost: another attempt may start as soon as these ranks are gone, so they go now.
         for member in list(self._members.values()):
             files = AttemptFiles(member.request.run_dir)
@@ -78,6 +86,8 @@ class NodeAgent:
     def _tick(self, *, healthy: bool) -> None:
         with self._lock:
             members = list(self._members.items())
+            if healthy:
+                self._standbys.tick()
         for run_id, member in members:
             if member.tick(healthy=healthy):
                 with self._lock:

@@ -45,4 +45,5 @@ def build_request(
         cwd=contract.working_dir or contract.run_dir,
         files=launch_files(contract, node_index),
         owner=owner,
+        standby=contract.spec is not None and not contract.env_from,
     )

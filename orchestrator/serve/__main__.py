@@ -78,10 +78,10 @@ def _executor(name: str, address: str, settings: Settings) -> Executor:
     if name == "local":
         from orchestrator.execute.local import LocalExecutor
 
-        return LocalExecutor(settings.cpu_slots)
+        return LocalExecutor(settings.cpu_slots, standbys=settings.standbys)
     from orchestrator.execute.ray import RayExecutor
 
-    return RayExecutor(address)
+    return RayExecutor(address, settings.standbys)
 
 
 if __name__ == "__main__":

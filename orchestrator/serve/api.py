@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from launch import __version__
 from launch.contract import GitState, Origin
 from orchestrator.cluster.model import Snapshot
+from orchestrator.cluster.status import StandbyReport
 from orchestrator.control.loop import Controller
 from orchestrator.control.reconcile import waiting
 from orchestrator.errors import (
@@ -219,7 +220,15 @@ def create_app(controller: Controller, token: str) -> FastAPI:
     def nodes() -> list[NodeView]:
         seen = executor.nodes()
         snapshot = Snapshot.of(seen, (attempt.held for attempt in store.live_attempts()))
-        return [NodeView(**node.model_dump(), free=snapshot.free(node, "any")) for node in seen]
+        standbys = executor.standbys()
+        return [
+            NodeView(
+                **node.model_dump(),
+                free=snapshot.free(node, "any"),
+                standbys=standbys.get(node.id, StandbyReport()),
+            )
+            for node in seen
+        ]
 
     app.include_router(guarded)
     return app

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +57,7 @@ def test_two_processes_give_bitwise_the_same_weights(tmp_path: Path) -> None:
     assert record.job_file is not None
     assert (record.job_file.path, record.job_file.dirty) == ("small.yaml", False)
     assert (record.attempts, record.resumed_at) == (1, 0)
-    assert "reproduce` on this directory" in (tmp_path / "model" / "README.md").read_text()
+    assert "`tuneyard reproduce DIRECTORY`" in (tmp_path / "model" / "README.md").read_text()
     versions = json.loads((tmp_path / "model" / "versions.json").read_text())
     assert versions == record.surroundings.versions
 
@@ -75,23 +73,23 @@ def test_two_processes_give_bitwise_the_same_weights(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
-    """An adapter that `launch` trained alone, in no repository, with three threads."""
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Yard:
+    """An adapter that `launch` trained alone, in no repository, on one thread where a planner gives it all cores."""
     folder = tmp_path_factory.mktemp("adapter")
     yard = a_home(folder, strategy="single", adapter={"r": 2, "dropout": 0.3}, train={"deterministic": True})
     subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "launch",
-         "--config", str(folder / "small.yaml")],
-        cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "3"}, capture_output=True, timeout=200, check=True,
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1",
+         "--num_cpu_threads_per_process", "1", "-m", "launch", "--config", str(folder / "small.yaml")],
+        cwd=REPOSITORY, capture_output=True, timeout=200, check=True,
     )  # fmt: skip
-    yield yard
+    return yard
 
 
 def test_an_adapter_trained_by_launch_alone_and_a_weight_that_was_changed_since(adapter: Yard) -> None:
     """One bit of one tensor: all others are found the same, which is what a whole reproduction is."""
     model = adapter.home / "model"
     record = read_record(model)
-    assert (record.threads, record.job_file, record.plan.engine) == ((3,), None, "single")
+    assert (record.threads, record.job_file, record.plan.engine) == ((1,), None, "single")
     path = model / "adapter_model.safetensors"
     weights = load_file(path)
     name = next(name for name in sorted(weights) if "lora_B" in name)
@@ -106,10 +104,10 @@ def test_an_adapter_trained_by_launch_alone_and_a_weight_that_was_changed_since(
     assert lines[1].split() == [name, "0.5"]
     assert lines[2] == "likely reasons"
     assert "metrics differ" not in done.stdout
-    assert read_record(target).threads == (3,)
+    assert read_record(target).threads == (1,)
     job = next((adapter.home / "runs").glob("small-*"))
     contract = RunContract.read(AttemptFiles(job / "jobs" / job.name / "attempt-1").contract)
-    assert contract.nodes[0].threads == 3
+    assert contract.nodes[0].threads == 1
 
 
 @pytest.mark.parametrize("change", ["a row moved", "gone"])

@@ -53,7 +53,10 @@ def test_version(tuneyard: Callable[..., tuple[int, str, str]]) -> None:
 def test_help_names_every_verb_and_status(tuneyard: Callable[..., tuple[int, str, str]]) -> None:
     status, out, _ = tuneyard("--help")
     assert status == 0
-    for verb in ("init", "run", "up", "down", "submit", "ls", "describe", "logs", "wait", "cancel", "nodes", "doctor"):
+    for verb in (
+        "init", "run", "reproduce", "up", "down", "submit", "ls", "describe", "logs", "wait", "cancel", "nodes",
+        "doctor",
+    ):  # fmt: skip
         assert re.search(rf"\b{verb}\b", out)
     assert "5 cancelled" in " ".join(out.split())
 

@@ -130,9 +130,7 @@ def test_gpus_that_are_not_here_are_a_refusal(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(local, "local_gpus", lambda: ())
     record = a_record()
     here = record.surroundings.model_copy(update={"gpus": ("H100", "H100")})
-    record = record.model_copy(
-        update={"plan": record.plan.model_copy(update={"device": "cuda"}), "surroundings": here}
-    )
+    record = record.model_copy(update={"plan": record.plan.model_copy(update={"device": "cuda"}), "surroundings": here})
     with pytest.raises(ImpossibleGangError) as told:
         repeated(record, tmp_path)
     assert told.value.code == "device-missing"
