@@ -1,11 +1,11 @@
 """`python -m launch.standby`: `accelerate launch` with its imports, and its ranks' imports, done beforehand.
 
-It waits for one order on standard input and is then the launcher of one attempt. What runs is Accelerate's own
-launcher, with its checks, environment and torchelastic; but a rank is forked from this process instead of started
-anew, so that it does not import torch, DeepSpeed and transformers once more. It ends with whoever holds the other end
-of its standard input, as long as it has no order.
+It waits for orders on standard input. For each it forks a launcher, which is Accelerate's own, with its checks, its
+environment and torchelastic; only that a rank is a fork, too, instead of a new interpreter that imports torch,
+DeepSpeed and transformers once more. On standard output it says when it is ready, and how each launcher ended. It ends
+with whoever holds the other ends; launchers go on.
 
-Nothing here may compute or touch a GPU before the fork: neither threads nor CUDA survive one.
+Nothing here may compute or touch a GPU: neither threads nor CUDA survive a fork.
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ import gc
 import importlib
 import json
 import os
+import runpy
+import select
 import signal
 import subprocess
 import sys
+import time
+import traceback
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -26,7 +31,11 @@ from launch.attempt import ENV_RESERVED, ENV_RUN_ID, RESERVED
 IMPORTS = (
     "accelerate.commands.launch",
     "deepspeed",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.comm.deepspeed_shm_comm_op",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # every engine does, and it brings torch's compiler
     "deepspeed.runtime.zero.stage3",
+    "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",
     "peft",
     "sklearn.metrics",
@@ -36,28 +45,81 @@ IMPORTS = (
     "launch.train",
 )
 """What a launcher and its ranks import in the end, whatever the job."""
+REAP_S = 0.05
 OF_MODELS = ("bert", "llama", "qwen2", "gpt2")
 """Models whose code is loaded beforehand; others cost their rank some tenths of a second."""
 
 
 def main() -> None:
-    """Import, wait, launch; the exit status is the launcher's."""
+    """Import, then launch whatever is ordered, until standard input ends."""
+    said = os.dup(1)
+    os.dup2(2, 1)  # libraries print as they are imported
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking CUDA itself would bar forks from it
     for name in (*IMPORTS, *(f"transformers.models.{model}.modeling_{model}" for model in OF_MODELS)):
         importlib.import_module(name)
+    _fill_caches()
     gc.collect()
     gc.freeze()  # else the first collection in a rank writes to, and so copies, every page
-    line = sys.stdin.readline()
-    if line:
-        launch(json.loads(line))
+    _say(said, {"ready": True})
+    running: dict[int, int] = {}  # pid → number of the order
+    unread = b""
+    while True:
+        readable, _, _ = select.select([0], [], [], REAP_S if running else None)
+        if readable:
+            read = os.read(0, 1 << 16)
+            if not read:
+                return
+            *lines, unread = (unread + read).split(b"\n")
+            for line in lines:
+                order = json.loads(line)
+                running[_launcher(order)] = order["number"]
+        while running:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            _say(said, {"number": running.pop(pid), "code": os.waitstatus_to_exitcode(status)})
+
+
+def _say(said: int, message: dict[str, Any]) -> None:
+    os.write(said, json.dumps(message).encode() + b"\n")
+
+
+def _launcher(order: dict[str, Any]) -> int:
+    """The pid of a fork that carries out `order`."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        launch(order)
+        code = 0
+    except Exception:
+        traceback.print_exc()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _fill_caches() -> None:
+    """What the first rank would otherwise work out: patterns of renamed weights, and which operations are built."""
+    from deepspeed.comm.torch import build_shm_op
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping(OF_MODELS[0])
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        build_shm_op()
 
 
 def launch(order: dict[str, Any]) -> None:
-    """Be the launcher that `order` describes: argv of an `accelerate launch`, env, cwd and log.
+    """Be the launcher that `order` describes: argv of an `accelerate launch`, env, cwd and log. Once a process.
 
     Raises:
         CalledProcessError, ChildFailedError: a rank failed; Accelerate's own way to say so.
     """
+    os.setsid()
     show_run_id(order["env"][ENV_RUN_ID])
     os.environ.clear()
     os.environ.update(order["env"])
@@ -66,14 +128,17 @@ def launch(order: dict[str, Any]) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for descriptor, source in ((0, nothing), (1, log), (2, log)):
         os.dup2(source, descriptor)
-    os.closerange(3, max(log, nothing) + 1)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
 
     import accelerate.commands.launch as accelerate_launch
     from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
-    SubprocessHandler._popen = lambda _handler, args, env: Forked(args, env)  # type: ignore[method-assign]
-    accelerate_launch.subprocess = SimpleNamespace(  # type: ignore[attr-defined]  # for one process alone
-        Popen=lambda args, env: Forked(args, env), CalledProcessError=subprocess.CalledProcessError
+    def forked(_handler: SubprocessHandler, args: tuple[Any, ...], env: dict[str, str]) -> Any:
+        return Forked(args, env)
+
+    SubprocessHandler._popen = forked  # type: ignore[assignment]  # the ranks of a gang
+    accelerate_launch.subprocess = SimpleNamespace(  # and the one process of no gang
+        Popen=Forked, CalledProcessError=subprocess.CalledProcessError
     )
     sys.argv = order["argv"][2:]  # python -m accelerate.commands.launch ...
     accelerate_launch.main()
@@ -96,31 +161,28 @@ def show_run_id(run_id: str) -> None:
 
 
 class Forked:
-    """A rank, as subprocess.Popen would hold it: a fork of this process that runs `launch`."""
+    """A rank, as subprocess.Popen would hold it: a fork of this process that runs the module after `-m`."""
 
     def __init__(self, args: Any, env: dict[str, str]) -> None:
-        at = list(args).index("launch")  # python -u -m launch --contract FILE
-        self.args = args
+        self.args = [str(arg) for arg in args]  # python -u -m launch --contract FILE
         self.returncode: int | None = None
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _become_rank([str(arg) for arg in args][at:], env)
+            _become_rank(self.args[self.args.index("-m") + 1 :], env)
 
     def poll(self) -> int | None:
         return self._wait(os.WNOHANG)
 
     def wait(self, timeout: float | None = None) -> int:
         """Raises subprocess.TimeoutExpired."""
-        if timeout is None:
-            code = self._wait(0)
-            assert code is not None
-            return code
-        ended = _within(timeout, self.poll)
-        if ended is None:
-            raise subprocess.TimeoutExpired(self.args, timeout)
-        return ended
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self._wait(0 if deadline is None else os.WNOHANG)) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            time.sleep(REAP_S)
+        return code
 
     def _wait(self, options: int) -> int | None:
         if self.returncode is None:
@@ -128,16 +190,6 @@ class Forked:
             if pid:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
-
-
-def _within(seconds: float, poll: Any) -> int | None:
-    """What `poll` answers, as soon as it is not None; None after so many seconds."""
-    import time
-
-    deadline = time.monotonic() + seconds
-    while (code := poll()) is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return code  # type: ignore[no-any-return]
 
 
 def _become_rank(argv: list[str], env: dict[str, str]) -> NoReturn:
@@ -149,11 +201,13 @@ def _become_rank(argv: list[str], env: dict[str, str]) -> NoReturn:
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the launcher's store and pipes
         os.environ.clear()
         os.environ.update(env)
+        sys.path.insert(0, str(Path.cwd()))
         sys.argv = argv
-        from launch.__main__ import main as rank_main
-
-        rank_main()
+        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as ended:  # of argparse, for one; the rank's own end does not come back here
+        os._exit(ended.code if isinstance(ended.code, int) else 1)
     finally:
+        traceback.print_exc()
         os._exit(1)
 
 

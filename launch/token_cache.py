@@ -76,8 +76,9 @@ class TokenCache:
         return found
 
     def _made(self, key: str, turn: _Turn, key_of: Callable[[], str], build: Callable[[bool], Entry]) -> Entry:
-        if turn.writable:
-            self._discard(key)
+        if turn.alone and (self.root / key).exists():
+            _say(f"{self.root / key} is damaged: it is removed, and the data tokenised anew")
+            self._remove(key)
         made = build(turn.alone)
         if not turn.writable or key_of() != key:
             return made
@@ -85,7 +86,7 @@ class TokenCache:
             self._write(key, made)
             self._evict(key)
         except OSError as problem:
-            _say(f"tokenised data is not kept in {self.root}: {problem}")
+            self._say_not_kept(problem)
         return self._read(key) or made
 
     def _read(self, key: str) -> Entry | None:
@@ -112,7 +113,7 @@ class TokenCache:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)  # what was private as text is so as tokens
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as problem:
-            _say(f"tokenised data is not kept in {self.root}: {problem}")
+            self._say_not_kept(problem)
             yield _Turn(alone=False, writable=False)
             return
         turn = self._taken(descriptor, path)
@@ -125,9 +126,13 @@ class TokenCache:
 
     def _taken(self, descriptor: int, path: Path) -> _Turn:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _say(f"another process tokenises the same data: waiting for it, and for {path}")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as problem:  # a file system without locks
-            _say(f"tokenised data is not kept in {self.root}, which has no locks: {problem}")
+            self._say_not_kept(problem)
             return _Turn(alone=False, writable=False)
         if _is_at(descriptor, path):
             return _Turn(alone=True, writable=True)
@@ -135,11 +140,8 @@ class TokenCache:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         return _Turn(alone=False, writable=True)
 
-    def _discard(self, key: str) -> None:
-        """Remove what lies under `key` and is no whole entry."""
-        if (self.root / key).exists():
-            _say(f"{self.root / key} is damaged: the data is tokenised anew")
-            self._remove(key)
+    def _say_not_kept(self, problem: OSError) -> None:
+        _say(f"tokenised data is not kept in {self.root}: {problem}")
 
     def _remove(self, key: str) -> None:
         """Out of sight first, so that nobody opens half of it."""

@@ -5,11 +5,11 @@ Everything is written locally and is a pure function of its arguments; nothing n
 
 from __future__ import annotations
 
-import contextlib
+import atexit
+import functools
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -20,10 +20,19 @@ from typing import Any
 
 import yaml
 
+from launch.attempt import ENV_RUN_ID
 from launch.config import TrainSpec
 from launch.contract import AttemptFiles, ExecutionPlan, NodeShare, RankExit, RunContract
-from launch.engine_config import accelerate_config, deepspeed_config, launch_command, launch_environment
+from launch.engine_config import (
+    accelerate_config,
+    deepspeed_config,
+    import_environment,
+    launch_command,
+    launch_environment,
+)
 from launch.sampler import micro_steps
+from orchestrator.execute.processes import end_all, inherited
+from orchestrator.execute.standby import Ordered, Standby
 
 SPAM_WORDS, HAM_WORDS = (
     sentence.split()
@@ -212,7 +221,9 @@ class Launched:
 
     contract: RunContract
     files: AttemptFiles
-    launchers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    run_id: str
+    """In the environment of every process: the contract's, made unique."""
+    launchers: list[subprocess.Popen[bytes] | Ordered] = field(default_factory=list)
 
     def wait(self, timeout_s: float = 120) -> dict[int, RankExit]:
         """How each rank ended, by rank; ends what is left after `timeout_s`."""
@@ -229,22 +240,9 @@ class Launched:
 
     def end(self) -> None:
         """End every process of the attempt that is still there; ranks live in sessions of their own."""
-        pids = [launcher.pid for launcher in self.launchers if launcher.poll() is None]
-        for path in self.files.run_dir.glob("rank-*/process.json"):
-            pid = json.loads(path.read_text())["pid"]
-            if self._is_ours(pid):
-                pids.append(pid)
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        assert end_all(ENV_RUN_ID, self.run_id) == []
         for launcher in self.launchers:
             launcher.wait(30)
-
-    def _is_ours(self, pid: int) -> bool:
-        try:
-            return str(self.files.run_dir).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            return False
 
     def wait_for(self, what: str, timeout_s: float = 60) -> None:
         """Until rank 0's progress holds `what`."""
@@ -263,7 +261,22 @@ class Launched:
         return "\n".join(texts)
 
 
-def start(contract: RunContract, environment: dict[str, str] | None = None, module: str = "launch") -> Launched:
+@functools.cache
+def standby() -> Standby:
+    """Imports are paid for once a session; `cold` starts a launcher as a first attempt does."""
+    found = Standby({**inherited(), **import_environment("cpu"), "HF_HUB_OFFLINE": "1"})
+    atexit.register(found.close)
+    deadline = time.monotonic() + 120
+    while not found.ready:
+        assert found.alive(), "the standby ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def start(
+    contract: RunContract, environment: dict[str, str] | None = None, module: str = "launch", *, cold: bool = False
+) -> Launched:
     """Start every node's launcher through generated configuration files, as an executor does."""
     files = AttemptFiles(contract.run_dir)
     files.run_dir.mkdir(parents=True, exist_ok=True)
@@ -273,37 +286,27 @@ def start(contract: RunContract, environment: dict[str, str] | None = None, modu
         deepspeed_file = str(files.deepspeed_config)
         optim = contract.spec.train if contract.spec else None
         files.deepspeed_config.write_text(json.dumps(deepspeed_config(optim, contract.plan)))
-    launched = Launched(contract, files)
+    launched = Launched(contract, files, f"{contract.run_id}-{os.getpid()}-{time.monotonic_ns()}")
     for index, node in enumerate(contract.nodes):
         config = accelerate_config(contract.plan, contract.nodes, index, contract.main_port, deepspeed_file)
         path = files.accelerate_config(index)
         path.write_text(yaml.safe_dump(config))
         command = launch_command(sys.executable, path, files.contract)
         command[command.index("launch")] = module
-        with files.launcher_log(index).open("wb") as log:
-            launcher = subprocess.Popen(
-                command,
-                env={
-                    **os.environ,
-                    **launch_environment(contract.plan, node),
-                    "HF_HUB_OFFLINE": "1",
-                    **(environment or {}),
-                },
-                cwd=Path(__file__).parents[1],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        env = {
+            **inherited(),
+            **launch_environment(contract.plan, node),
+            "HF_HUB_OFFLINE": "1",
+            ENV_RUN_ID: launched.run_id,
+            **(environment or {}),
+        }
+        cwd, log_file = Path(__file__).parents[1], files.launcher_log(index)
+        launcher: subprocess.Popen[bytes] | Ordered | None
+        if cold or contract.command is not None:
+            with log_file.open("wb") as log:
+                launcher = subprocess.Popen(command, env=env, cwd=cwd, stdout=log, stderr=log, start_new_session=True)
+        else:
+            launcher = standby().order(tuple(command), env, str(cwd), log_file)
+        assert launcher is not None
         launched.launchers.append(launcher)
     return launched
-
-
-def a_repository(folder: Path) -> None:
-    """Make `folder` a git repository with all that lies in it, and a file `tracked`, in one commit."""
-    (folder / "tracked").touch()
-    for arguments in (
-        ["init", "-q"],
-        ["add", "-A"],
-        ["-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "-q", "-m", "all"],
-    ):
-        subprocess.run(["git", "-C", str(folder), *arguments], check=True)

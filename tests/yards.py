@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from launch.attempt import ENV_RUN_ID, AttemptFiles
+from launch.token_cache import ENV_CACHE
 from orchestrator.execute.processes import carrying, end_all
 from orchestrator.settings import Settings
 from orchestrator.yard import ENV_YARD, YardRecord, read_yard

@@ -49,8 +49,6 @@ def serve(request: LaunchRequest, standbys: Standbys | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever waits in the terminal
     if not member.start(standbys):
         return 0
-    if standbys is not None:
-        standbys.close()  # one that did not fit
     while not member.tick():
         time.sleep(TICK_S)
     return 0

@@ -75,7 +75,8 @@ class LocalExecutor:
         ]
 
     def standbys(self) -> dict[str, StandbyReport]:
-        held = [child.pid for spare in self._spares for child in children_of(spare.pid)]
+        with self._lock:
+            held = [child.pid for spare in self._spares for child in children_of(spare.pid)]
         return {"local": StandbyReport(count=len(held), bytes=sum(map(held_bytes, held)))}
 
     def free_port(self, placement: Placement) -> int:  # noqa: ARG002 - there is one node

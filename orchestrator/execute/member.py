@@ -20,7 +20,7 @@ import psutil
 
 from launch.attempt import ENV_HEARTBEAT, ENV_RUN_ID, AttemptFiles, ExitCode, write_atomically
 from orchestrator.execute.processes import inherited, is_alive, kill, of_run
-from orchestrator.execute.standby import Standbys
+from orchestrator.execute.standby import Ordered, Standbys
 
 HEARTBEAT_S = 0.5
 ECHO_S = 3.0  # time that ranks have to write down how they fail once one of them has
@@ -64,7 +64,7 @@ class Member:
     """The state of one node's part; `start` once, then `tick` until it returns True."""
 
     request: LaunchRequest
-    launcher: subprocess.Popen[bytes] | None = None
+    launcher: subprocess.Popen[bytes] | Ordered | None = None
     ended: bool = False
     _seen: dict[int, dict[str, Any]] = field(default_factory=dict)
     _failed_at: float | None = None
@@ -95,7 +95,7 @@ class Member:
         self._beat(force=True)
         env, log_file = self._environment(), self.files.launcher_log(self.request.node_index)
         if standbys is not None and self.request.standby:
-            self.launcher = standbys.take(self.request.argv, env, self.request.cwd, log_file)
+            self.launcher = standbys.launch(self.request.argv, env, self.request.cwd, log_file)
             standbys.want(env)  # it may have to be started again
             if self.launcher is not None:
                 return True

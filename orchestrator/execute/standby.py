@@ -1,12 +1,14 @@
-"""Standbys: launchers that a node agent keeps with their imports done, so that an attempt starts in a second.
+"""Standbys: processes that a node agent keeps with a launcher's imports done, so that an attempt starts in a second.
 
-One serves one attempt, and only where nothing that is read at import would be another. They are bounded in number;
-each is a process of some hundred megabytes that waits and does nothing.
+One serves any number of attempts, but only those for which nothing that is read at import would be another. They are
+bounded in number; each holds some hundred megabytes, which its forks share, and does nothing in between.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ from launch.attempt import ENV_HEARTBEAT, ENV_RESERVED, ENV_RUN_ID, RESERVED
 from launch.engine_config import import_environment
 from orchestrator.cluster.status import StandbyReport
 from orchestrator.execute.gpus import local_gpus
-from orchestrator.execute.processes import held_bytes, inherited
+from orchestrator.execute.processes import held_bytes, inherited, of_run
 
 QUIET_S = 5.0
 """After a start the node's cores belong to the job that starts; importing takes some seconds of one."""
@@ -29,13 +31,92 @@ LATE = frozenset(
 Key = tuple[tuple[str, str], ...]
 
 
+class Standby:
+    """One process of `launch.standby`, for one environment."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        env = {name: value for name, value in environment.items() if name not in LATE}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "launch.standby"],
+            env={ENV_RESERVED: "-" * RESERVED, **env},
+            cwd="/",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        os.set_blocking(self.process.stdout.fileno(), False)
+        self.ready = False
+        self.ended: dict[int, int] = {}
+        """Number of an order → its launcher's exit status."""
+        self._orders = 0
+        self._unread = b""
+
+    def order(self, argv: tuple[str, ...], environment: dict[str, str], cwd: str, log: Path) -> Ordered | None:
+        """A launcher that does what `argv` would; None if the standby has died."""
+        self._orders += 1
+        order = {"number": self._orders, "argv": argv, "env": environment, "cwd": cwd, "log": str(log)}
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(order).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        return Ordered(self, self._orders, environment[ENV_RUN_ID])
+
+    def alive(self) -> bool:
+        """Whether it is there, after hearing what it has said."""
+        assert self.process.stdout is not None
+        while read := self.process.stdout.read(1 << 16):
+            *lines, self._unread = (self._unread + read).split(b"\n")
+            for line in lines:
+                said = json.loads(line)
+                if "ready" in said:
+                    self.ready = True
+                else:
+                    self.ended[said["number"]] = said["code"]
+        return self.process.poll() is None
+
+    def close(self) -> None:
+        """End it; its launchers go on."""
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+
+class Ordered:
+    """A launcher that a standby forked: what a Popen is to one that was started."""
+
+    def __init__(self, standby: Standby, number: int, run_id: str) -> None:
+        self._standby, self._number, self._run_id = standby, number, run_id
+
+    def poll(self) -> int | None:
+        """The exit status; None while it runs. 1 if the standby died first: then nobody knows."""
+        if not self._standby.alive() and self._number not in self._standby.ended and not of_run(self._run_id):
+            return 1
+        return self._standby.ended.get(self._number)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Raises subprocess.TimeoutExpired."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(self._run_id, timeout or 0)
+            time.sleep(0.02)
+        return code
+
+
 class Standbys:
-    """At most `limit` idle standbys, for the environments that were asked for last."""
+    """At most `limit` standbys, for the environments that were asked for last."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._idle: OrderedDict[Key, subprocess.Popen[bytes]] = OrderedDict()
         self._wanted: OrderedDict[Key, dict[str, str]] = OrderedDict()
+        self._there: dict[Key, Standby] = {}
         self._quiet_until = 0.0
 
     def want(self, environment: dict[str, str]) -> None:
@@ -47,53 +128,42 @@ class Standbys:
         self._wanted.move_to_end(key)
         while len(self._wanted) > self._limit:
             dropped, _ = self._wanted.popitem(last=False)
-            self._end(dropped)
+            if dropped in self._there:
+                self._there.pop(dropped).close()
 
-    def take(
-        self, argv: tuple[str, ...], environment: dict[str, str], cwd: str, log: Path
-    ) -> subprocess.Popen[bytes] | None:
-        """A launcher that does what `argv` would, started from a standby; None if none is there for it."""
+    def launch(self, argv: tuple[str, ...], environment: dict[str, str], cwd: str, log: Path) -> Ordered | None:
+        """A launcher that does what `argv` would, forked from a standby; None if none is ready for it."""
         self._quiet_until = time.monotonic() + QUIET_S
-        standby = self._idle.pop(_key(environment), None)
-        if standby is None or len(environment[ENV_RUN_ID]) > RESERVED:
+        standby = self._there.get(_key(environment))
+        if standby is None or not standby.alive() or not standby.ready or len(environment[ENV_RUN_ID]) > RESERVED:
             return None
-        order = {"argv": argv, "env": environment, "cwd": cwd, "log": str(log)}
-        assert standby.stdin is not None
-        try:
-            standby.stdin.write(json.dumps(order).encode() + b"\n")
-            standby.stdin.close()
-        except BrokenPipeError:
-            standby.wait()
-            return None
-        return standby
+        return standby.order(argv, environment, cwd, log)
 
     def tick(self) -> None:
         """Start one that is missing, if the node is quiet."""
-        for key, standby in list(self._idle.items()):
-            if standby.poll() is not None:
-                del self._idle[key]
-                del self._wanted[key]  # its imports failed, and would again; the attempt's own will say how
+        for key, standby in list(self._there.items()):
+            if not standby.alive():
+                self._there.pop(key).close()
+                if not standby.ready:
+                    del self._wanted[key]  # its imports failed, and would again; the attempt's own will say how
         if time.monotonic() < self._quiet_until:
             return
         for key, environment in self._wanted.items():
-            if key not in self._idle:
-                self._idle[key] = _start(environment)
+            if key not in self._there:
+                self._there[key] = Standby(environment)
                 return
 
     def report(self) -> StandbyReport:
-        """How many wait, and the memory they hold."""
-        return StandbyReport(count=len(self._idle), bytes=sum(held_bytes(one.pid) for one in self._idle.values()))
+        """How many there are, and the memory they hold."""
+        return StandbyReport(
+            count=len(self._there), bytes=sum(held_bytes(one.process.pid) for one in self._there.values())
+        )
 
     def close(self) -> None:
-        """End all that wait."""
-        for key in list(self._idle):
-            self._end(key)
-
-    def _end(self, key: Key) -> None:
-        standby = self._idle.pop(key, None)
-        if standby is not None:
-            standby.kill()
-            standby.wait()
+        """End all of them."""
+        self._wanted.clear()
+        for key in list(self._there):
+            self._there.pop(key).close()
 
 
 def node_environment() -> dict[str, str]:
@@ -103,16 +173,3 @@ def node_environment() -> dict[str, str]:
 
 def _key(environment: dict[str, str]) -> Key:
     return tuple(sorted((name, value) for name, value in environment.items() if name not in LATE))
-
-
-def _start(environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    env = {name: value for name, value in environment.items() if name not in LATE}
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch.standby"],
-        env={ENV_RESERVED: "-" * RESERVED, **env},
-        cwd="/",
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
