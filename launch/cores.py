@@ -13,8 +13,8 @@ def take_cores(device: Device) -> None:
     """As many threads as OMP_NUM_THREADS says, which a process with torch loaded beforehand has not read; and on a
     CPU, where the ranks of this node divide all of its cores, each on cores of its own."""
     told = os.environ.get("OMP_NUM_THREADS")
-    if told:
-        torch.set_num_threads(int(told))
+    if told:  # as torch itself would have taken it
+        torch.set_num_threads(min(int(told), os.cpu_count() or 1))
     mine = cores_of_rank(
         sorted(os.sched_getaffinity(0)),
         torch.get_num_threads(),

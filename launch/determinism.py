@@ -13,7 +13,7 @@ from launch.contract import Pinned
 SEEDS = 2**32  # numpy takes none above
 
 
-def settle(optim: OptimSpec, pinned: Pinned | None, rank: int) -> None:
+def fix_numerics(optim: OptimSpec, pinned: Pinned | None, rank: int) -> None:
     """Fix threads and kernels; before CUDA starts, which reads its part of this once."""
     if pinned is not None:  # of OMP_NUM_THREADS, torch takes no more than this machine has cores
         torch.set_num_threads(pinned.threads[rank])

@@ -12,8 +12,9 @@ from launch.best import Best
 from launch.checkpoint import same_topology as checkpoint
 from launch.config import TrainSpec
 from launch.contract import AttemptFiles, ExitCode, RankResult, RunContract, TrainSummary
+from launch.cores import take_cores
 from launch.data import Batch, Corpus, Rows, load_corpus, sampler_for
-from launch.determinism import seed_all, settle
+from launch.determinism import fix_numerics, seed_all
 from launch.engine import Engine, build_engine, make_accelerator, peak_bytes
 from launch.errors import ContractError, DataError, SpecError
 from launch.export import Outcome, export
@@ -49,7 +50,8 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     assert spec is not None
     progress = Progress(files.progress(rank))
     progress.phase("start")
-    settle(spec.train, contract.origin.pinned, rank)
+    take_cores(plan.device)
+    fix_numerics(spec.train, contract.origin.pinned, rank)
     accelerator = make_accelerator(plan, spec.train, spec.trackers, contract.tracker_dir)
     seed_all(spec.train.seed, rank)
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from launch.attempt import AttemptFiles
 from launch.contract import RunContract
 from launch.provenance import RECORD, base_files, read_record
-from tests.worlds import a_repository, write_bert, write_messages
+from tests.repositories import a_repository
+from tests.worlds import write_bert, write_messages
 from tests.yards import Yard
 
 REPOSITORY = Path(__file__).parents[2]

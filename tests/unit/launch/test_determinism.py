@@ -11,7 +11,7 @@ import torch
 
 from launch.config import OptimSpec
 from launch.contract import ExecutionPlan, Pinned
-from launch.determinism import seed_all, settle
+from launch.determinism import fix_numerics, seed_all
 
 PLAN = ExecutionPlan(engine="ddp", world_size=2, device="cpu", micro_batch_size=1, gradient_accumulation_steps=1)
 
@@ -41,7 +41,7 @@ def test_every_source_is_seeded_and_ranks_draw_differently(seed: int) -> None:
 def test_a_pinned_rank_computes_with_its_recorded_threads() -> None:
     pinned = Pinned(plan=PLAN, threads=(1, 3), data={})
     for rank, threads in enumerate(pinned.threads):
-        settle(OptimSpec(max_steps=1), pinned, rank)
+        fix_numerics(OptimSpec(max_steps=1), pinned, rank)
         assert torch.get_num_threads() == threads
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -49,6 +49,6 @@ def test_a_pinned_rank_computes_with_its_recorded_threads() -> None:
 def test_deterministic_kernels_are_asked_for_and_not_just_wished(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # as good, and somebody's choice
     monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "1")
-    settle(OptimSpec(max_steps=1, deterministic=True), None, 0)
+    fix_numerics(OptimSpec(max_steps=1, deterministic=True), None, 0)
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()

@@ -11,7 +11,7 @@ import pytest
 from launch import git as module
 from launch.alone import contract_alone
 from launch.git import git_state
-from tests.worlds import a_repository
+from tests.repositories import a_repository
 
 JOB = """
 name: small
