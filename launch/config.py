@@ -76,7 +76,7 @@ class AdapterSpec(Section):
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead: larger ranks then learn as fast as small ones."""
     use_dora: bool = False
-    """Train the length of each weight column apart from its direction (DoRA); not with ZeRO-3."""
+    """Train the length of each weight column apart from its direction (DoRA)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
     """Names of the linear modules that get an adapter; `auto` and `all-linear` take every one but the head."""

@@ -193,18 +193,22 @@ def load_corpus(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase) -> Corpus:
         return build_corpus(spec, tokenizer)
 
     def build(alone: bool) -> Entry:
-        with all_cores(alone):
+        if not alone:
             return build_corpus(spec, tokenizer).entry()
+        with all_cores() as cores:
+            return build_corpus(spec, tokenizer, cores).entry()
 
-    entry = cache.fetch(lambda: corpus_key(spec, tokenizer), build)
-    # A tokenizer is exported as it was last called: let it be the same whether or not this rank has made the rows.
-    classes = spec.model.task == "sequence-classification"
-    truncated([""], tokenizer, spec.data.max_length) if classes else tokenizer([""])
-    return Corpus.of_entry(entry)
+    # A tokenizer keeps how it was last called, in what the key takes of it and in what is exported: let that be the
+    # same whether or not this rank makes the rows.
+    if spec.model.task == "sequence-classification":
+        truncated([""], tokenizer, spec.data.max_length)
+    else:
+        tokenizer([""])
+    return Corpus.of_entry(cache.fetch(lambda: corpus_key(spec, tokenizer), build))
 
 
-def build_corpus(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    """Read, deduplicate, split, number the classes and tokenise.
+def build_corpus(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase, cores: int = 1) -> Corpus:
+    """Read, deduplicate, split, number the classes and tokenise, on so many cores.
 
     Raises:
         DataError: whatever makes the data unfit, with the field at fault.
@@ -215,7 +219,7 @@ def build_corpus(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase) -> Corpus:
         rows = {name: _classified(part, spec.data, labels, tokenizer, name) for name, part in parts.items()}
     else:
         labels = ()
-        tokens = {name: encoded(part, spec.data, tokenizer, name) for name, part in parts.items()}
+        tokens = {name: encoded(part, spec.data, tokenizer, name, cores) for name, part in parts.items()}
         rows = {name: _useful(found, spec.data, name) for name, found in tokens.items()}
         dropped = {name: len(tokens[name]) - len(rows[name]) for name in rows}
         if spec.data.packing:

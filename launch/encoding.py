@@ -1,10 +1,19 @@
-"""Columns to tokens, a thousand rows at a time: a fast tokenizer spreads a batch over its threads."""
+"""Columns to tokens, a thousand rows at a time: a fast tokenizer spreads a batch over its threads.
+
+What comes before it in a dialogue, the chat template, is Python and takes longer. Many dialogues are therefore shared
+out to processes.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -15,25 +24,32 @@ from launch.errors import DataError
 from launch.tables import Columns
 
 AT_ONCE = 1000  # rows
+MANY = 10_000
+"""Dialogues that are worth processes of their own, which take two seconds to start."""
+MAX_PROCESSES = 16  # of some 0.3 GB each
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def all_cores(wanted: bool) -> Iterator[None]:
-    """Lets tokenizers use every core meanwhile, if `wanted`. The launcher forbids it: its ranks share the cores, and
-    afterwards threads and the forks of others do not go together."""
-    before = os.environ.get(PARALLELISM)
-    if wanted:
-        os.environ[PARALLELISM] = "true"
+def all_cores() -> Iterator[int]:
+    """Lets this process meanwhile use every core that its launcher may; yields how many these are.
+
+    A rank has its share of the cores, and tokenizers no threads: afterwards the ranks are at work side by side.
+    """
+    told, mine = os.environ.get(PARALLELISM), os.sched_getaffinity(0)
+    cores = os.sched_getaffinity(os.getppid()) | mine
+    os.environ[PARALLELISM] = "true"
+    os.sched_setaffinity(0, cores)
     try:
-        yield
+        yield len(cores)
     finally:
-        if wanted and before is not None:
-            os.environ[PARALLELISM] = before
-        elif wanted:
+        os.sched_setaffinity(0, mine)
+        if told is None:
             del os.environ[PARALLELISM]
+        else:
+            os.environ[PARALLELISM] = told
 
 
 def truncated(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
@@ -44,7 +60,7 @@ def truncated(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_leng
     return found
 
 
-def encoded(part: Columns, data: DataSpec, tokenizer: PreTrainedTokenizerBase, name: str) -> list[Tokens]:
+def encoded(part: Columns, data: DataSpec, tokenizer: PreTrainedTokenizerBase, name: str, cores: int) -> list[Tokens]:
     """causal-lm: each row's tokens and targets, not yet cut to max_length. `name` is the part's, for errors.
 
     Raises:
@@ -72,10 +88,54 @@ def encoded(part: Columns, data: DataSpec, tokenizer: PreTrainedTokenizerBase, n
             hint="name a file with one as data.chat_template",
         )
 
-    found: list[Tokens] = []
-    for batch in _batches(dialogues):
-        found += encode(batch, [_named(dialogue, name) for dialogue in batch], tokenizer, answers=answers)
-    return found
+    encoder = Encoder(tokenizer, name, answers)
+    batches = list(_batches(dialogues))
+    if cores == 1 or len(dialogues) < MANY:
+        return [tokens for batch in batches for tokens in encoder(batch)]
+    with ProcessPoolExecutor(
+        min(cores, MAX_PROCESSES, len(batches)),
+        multiprocessing.get_context("spawn"),  # a fork would have locks of the threads that it has not
+        initializer=_become_worker,
+        initargs=(encoder,),
+    ) as workers:
+        return [tokens for found in workers.map(_encoded_by_worker, batches) for tokens in found]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes dialogues of one part."""
+
+    tokenizer: PreTrainedTokenizerBase
+    part: str
+    answers: bool
+
+    def __call__(self, dialogues: Sequence[list[Message]]) -> list[Tokens]:
+        names = [_named(dialogue, self.part) for dialogue in dialogues]
+        return encode(dialogues, names, self.tokenizer, answers=self.answers)
+
+
+_encoder: Encoder
+"""In a worker: sent once, since it holds the vocabulary."""
+
+
+def _become_worker(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
+    os.environ[PARALLELISM] = "false"  # the workers are as many as the cores
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what the whole group gets is for the rank to obey
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Else a worker whose parent was killed would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encoded_by_worker(dialogues: Sequence[list[Message]]) -> list[Tokens]:
+    return _encoder(dialogues)
 
 
 def _named(dialogue: list[Message], name: str) -> str:

@@ -170,17 +170,10 @@ def add_adapter(
     """`model` with a LoRA adapter; new weights of the base (the head) are trained and saved with it.
 
     Raises:
-        SpecError: target_modules or modules_to_save name nothing in the model, or DoRA under ZeRO-3.
+        SpecError: target_modules or modules_to_save name nothing in the model.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    if adapter.use_dora and is_deepspeed_zero3_enabled():
-        raise SpecError(
-            "DoRA reads the base weights outside of their layers, where ZeRO-3 holds only a part of each",
-            code="dora-needs-whole-weights",
-            field="adapter.use_dora",
-            hint="take `strategy: zero2` or `ddp`, or plain LoRA",
-        )
     names = {name for name, _ in model.named_modules()}
     for wanted in adapter.modules_to_save:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
@@ -211,9 +204,23 @@ def add_adapter(
             field="adapter.target_modules",
             hint="name linear layers of the model, or write `auto`",
         ) from problem
+    if adapter.use_dora and is_deepspeed_zero3_enabled():
+        _gather_for_dora(adapted)
     first = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
     initialise(adapted, first, seed)  # lora_B stays 0: the adapted model starts as the base model
     return adapted  # type: ignore[return-value]  # a PeftModel passes everything on to the model it wraps
+
+
+def _gather_for_dora(model: nn.Module) -> None:
+    """Have ZeRO-3 gather what DoRA's modules read of other modules: the base weight, and the shape of lora_A's."""
+    import deepspeed
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for name, module in layer.lora_magnitude_vector.items():
+                deepspeed.zero.register_external_parameter(module, layer.get_base_layer().weight)
+                deepspeed.zero.register_external_parameter(module, layer.lora_A[name].weight)
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

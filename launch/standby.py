@@ -41,7 +41,7 @@ IMPORTS = (
     "sklearn.metrics",
     "torch.distributed.run",
     "transformers.models.auto.modeling_auto",
-    "launch.__main__",
+    "launch.supervise",
     "launch.train",
 )
 """What a launcher and its ranks import in the end, whatever the job."""

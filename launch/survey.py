@@ -15,6 +15,7 @@ from launch.attempt import ExitCode
 from launch.config import TrainSpec, load_train_spec
 from launch.data import build_corpus
 from launch.document import read_document
+from launch.encoding import all_cores
 from launch.errors import DataError, TuneyardError
 from launch.header import columns_of
 from launch.model import load_tokenizer
@@ -66,9 +67,10 @@ def survey(spec: TrainSpec) -> Survey:
     raw = _texts(read_columns(spec.data.train, columns, "train"), columns)
     parts = split_parts(spec.data, columns, classes=classes)
     uncut = spec.model_copy(update={"data": spec.data.model_copy(update={"max_length": UNLIMITED, "packing": False})})
-    tokenizer = load_tokenizer(spec.model)
+    tokenizer = load_tokenizer(spec.model, spec.data.chat_template)
     tokenizer.model_max_length = UNLIMITED  # else it warns of rows that are too long for the model
-    corpus = build_corpus(uncut, tokenizer)
+    with all_cores() as cores:
+        corpus = build_corpus(uncut, tokenizer, cores)
     train_texts = {_normal(text) for text in _texts(parts["train"], columns)}
     told = {}
     for name, part in parts.items():

@@ -19,7 +19,7 @@ NAMES_OF_FILES = {"train", "validation", "test", "chat_template"}
 
 
 def corpus_key(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Equal keys mean equal rows, wherever the files lie. The tokenizer is a fast one.
+    """Equal keys mean equal rows, wherever the files lie. The tokenizer is a fast one, called last as for these rows.
 
     Raises:
         DataError: a dataset of the hub cannot be loaded.
@@ -42,12 +42,9 @@ def corpus_key(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _told(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     """What decides the tokens of a text."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    for last_call in ("truncation", "padding"):
-        del backend[last_call]
     return {
         "class": f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}",
-        "backend": backend,
+        "backend": tokenizer.backend_tokenizer.to_str(),
         "chat_template": tokenizer.chat_template,
         "special_tokens": tokenizer.special_tokens_map,
         "sides": (tokenizer.padding_side, tokenizer.truncation_side),
