@@ -153,7 +153,13 @@ def _forget_last_run(files: AttemptFiles, rank: int) -> None:
 
 def _introduce(files: AttemptFiles, rank: int) -> None:
     process = psutil.Process()
-    who = RankProcess(rank=rank, pid=process.pid, start_time=process.create_time(), host=socket.gethostname())
+    who = RankProcess(
+        rank=rank,
+        pid=process.pid,
+        start_time=process.create_time(),
+        host=socket.gethostname(),
+        standby="launch.standby" in process.cmdline(),
+    )
     write_atomically(files.process(rank), who.model_dump_json(indent=2))
 
 

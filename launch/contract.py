@@ -182,6 +182,8 @@ class RankProcess(Record):
     start_time: float
     """Seconds since the epoch, as psutil's create_time gives it."""
     host: str
+    standby: bool = False
+    """Whether it is a fork of a standby."""
 
 
 class RankError(Record):

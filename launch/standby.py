@@ -134,7 +134,7 @@ def launch(order: dict[str, Any]) -> None:
     from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
     def forked(_handler: SubprocessHandler, args: tuple[Any, ...], env: dict[str, str]) -> Any:
-        return Forked(args, env)
+        return Forked(args, env, new_session=True)
 
     SubprocessHandler._popen = forked  # type: ignore[assignment]  # the ranks of a gang
     accelerate_launch.subprocess = SimpleNamespace(  # and the one process of no gang
@@ -163,13 +163,15 @@ def show_run_id(run_id: str) -> None:
 class Forked:
     """A rank, as subprocess.Popen would hold it: a fork of this process that runs the module after `-m`."""
 
-    def __init__(self, args: Any, env: dict[str, str]) -> None:
+    def __init__(self, args: Any, env: dict[str, str], *, new_session: bool = False) -> None:
         self.args = [str(arg) for arg in args]  # python -u -m launch --contract FILE
         self.returncode: int | None = None
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
+            if new_session:
+                os.setsid()
             _become_rank(self.args[self.args.index("-m") + 1 :], env)
 
     def poll(self) -> int | None:
@@ -195,9 +197,9 @@ class Forked:
 def _become_rank(argv: list[str], env: dict[str, str]) -> NoReturn:
     """What Popen and a new interpreter would have done; never returns, so that nothing of the launcher's is undone."""
     try:
-        os.setsid()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the launcher's store and pipes
         os.environ.clear()
         os.environ.update(env)

@@ -36,7 +36,7 @@ def start_trackers(
         folder.mkdir(parents=True, exist_ok=True)
     known = _known_runs(folder)
     settings: dict[str, dict[str, Any]] = {
-        "tensorboard": {"purge_step": step} if step else {},
+        "tensorboard": {"purge_step": step + 1} if step else {},
         "wandb": {"id": job_id, "name": job_id, "resume": "allow", "dir": str(folder)},
         "mlflow": {"run_name": job_id, "run_id": known.get("mlflow")},
     }

@@ -45,6 +45,7 @@ class Yard:
         self.home = home
         self.env = {key: value for key, value in os.environ.items() if not key.startswith("TUNEYARD_")}
         self.env |= {"TUNEYARD_HOME": str(home), ENV_CACHE: os.environ[ENV_CACHE], "HF_HUB_OFFLINE": "1"}
+        settings = {"standbys": "0"} | settings  # importing for a job that never comes
         self.env |= {f"TUNEYARD_{name.upper()}": value for name, value in settings.items()}
 
     def run(self, *arguments: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:

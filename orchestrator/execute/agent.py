@@ -3,13 +3,14 @@
 It outlives the controller that started it and ends with its attempt. A SIGTERM from outside becomes the stop message.
 
 With `--spare` it has no attempt yet: it keeps a standby for one, and takes the request's path from standard input. As
-long as it has none, it ends with the process that holds the other end.
+long as it has none, it ends with the process that holds the other end. It says so when the standby is ready.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -27,9 +28,14 @@ def spare() -> int:
     """Wait for a request with a standby beside, and run it to its end. Returns 0, also where none came."""
     standbys = Standbys(1)
     standbys.want(node_environment())
-    standbys.tick()
-    path = sys.stdin.readline().strip()
     try:
+        told = False
+        while not select.select([sys.stdin], [], [], TICK_S)[0]:
+            standbys.tick()
+            if not told and standbys.report().count:
+                print("ready", flush=True)
+                told = True
+        path = sys.stdin.readline().strip()
         return serve(LaunchRequest.loads(Path(path).read_text()), standbys) if path else 0
     finally:
         standbys.close()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import select
 import socket
 import subprocess
 import sys
@@ -77,7 +78,8 @@ class LocalExecutor:
     def standbys(self) -> dict[str, StandbyReport]:
         with self._lock:
             held = [child.pid for spare in self._spares for child in children_of(spare.pid)]
-        return {"local": StandbyReport(count=len(held), bytes=sum(map(held_bytes, held)))}
+            ready = sum(map(_is_ready, self._spares))
+        return {"local": StandbyReport(count=ready, bytes=sum(map(held_bytes, held)))}
 
     def free_port(self, placement: Placement) -> int:  # noqa: ARG002 - there is one node
         return free_port()
@@ -106,8 +108,8 @@ class LocalExecutor:
     def _hand_to_spare(self, request: Path) -> bool:
         """Whether an agent that waits has got the request."""
         with self._lock:
-            while self._spares:
-                spare = self._spares.pop(0)
+            for spare in [spare for spare in self._spares if _is_ready(spare)]:
+                self._spares.remove(spare)
                 assert spare.stdin is not None
                 with contextlib.suppress(BrokenPipeError):  # it has died; the next one, then
                     spare.stdin.write(f"{request}\n".encode())
@@ -120,7 +122,7 @@ class LocalExecutor:
         with self._lock:
             self._spares = [spare for spare in self._spares if spare.poll() is None]
             if len(self._spares) < self._standbys and time.monotonic() >= self._quiet_until:
-                self._spares.append(_agent("--spare", stdin=subprocess.PIPE))
+                self._spares.append(_agent("--spare", stdin=subprocess.PIPE, stdout=subprocess.PIPE))
 
     def poll(self, contracts: Sequence[RunContract]) -> dict[str, AttemptStatus]:
         self._children = [child for child in self._children if child.poll() is None]  # no zombies
@@ -157,11 +159,17 @@ class LocalExecutor:
         self._spares.clear()
 
 
-def _agent(argument: str, stdin: int) -> subprocess.Popen[bytes]:
+def _is_ready(spare: subprocess.Popen[bytes]) -> bool:
+    """Whether it has said so; that a dead one seems to have is found out when it is written to."""
+    assert spare.stdout is not None
+    return bool(select.select([spare.stdout], [], [], 0)[0])
+
+
+def _agent(argument: str, stdin: int, stdout: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "orchestrator.execute.agent", argument],
         stdin=stdin,
-        stdout=subprocess.DEVNULL,
+        stdout=stdout,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )

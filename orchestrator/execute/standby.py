@@ -154,9 +154,11 @@ class Standbys:
                 return
 
     def report(self) -> StandbyReport:
-        """How many there are, and the memory they hold."""
+        """How many are ready, and the memory of all."""
+        there = list(self._there.values())
         return StandbyReport(
-            count=len(self._there), bytes=sum(held_bytes(one.process.pid) for one in self._there.values())
+            count=sum(one.alive() and one.ready for one in there),
+            bytes=sum(held_bytes(one.process.pid) for one in there),
         )
 
     def close(self) -> None:
