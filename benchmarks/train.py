@@ -137,13 +137,13 @@ def peer_in_a_process(name: str, steps: int) -> dict[str, float]:
     return figures
 
 
-def ours(folder: Path, name: str, sets: list[str], processes: int = 1) -> dict[str, float]:
-    """Train by `accelerate launch -m launch`, alone. Returns samples_per_s and f1_macro."""
+def ours(example: Path, folder: Path, name: str, sets: list[str], processes: int = 1) -> dict[str, float]:
+    """Train by `accelerate launch -m launch`, alone. Returns samples_per_s and the metrics."""
     job = folder / f"{name}.yaml"
-    keys = yaml.safe_load(EXAMPLE.read_text())
+    keys = yaml.safe_load(example.read_text())
     keys["name"] = name
-    keys["model"]["name_or_path"] = str(EXAMPLE.parent / keys["model"]["name_or_path"])
-    keys["data"]["train"] = str(EXAMPLE.parent / keys["data"]["train"])
+    keys["model"]["name_or_path"] = str(example.parent / keys["model"]["name_or_path"])
+    keys["data"]["train"] = str(example.parent / keys["data"]["train"])
     job.write_text(yaml.safe_dump(keys))
     spec = load_train_spec(read_document(job, sets))
     plan = plan_alone(spec, processes, "cpu")
@@ -169,7 +169,7 @@ def ours(folder: Path, name: str, sets: list[str], processes: int = 1) -> dict[s
     assert end.result.metrics is not None
     lines = [ProgressLine.model_validate_json(line) for line in files.progress(0).read_text().splitlines()]
     marks = [line.time for line in lines if line.phase == "train"]
-    return {"samples_per_s": speed(marks, spec.train.global_batch_size), "f1_macro": end.result.metrics["f1_macro"]}
+    return {**end.result.metrics, "samples_per_s": speed(marks, spec.train.global_batch_size)}
 
 
 def main() -> None:
@@ -191,19 +191,19 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
-        note("ours-bf16", ours(folder, "ours-bf16", overrides(options.steps, "bf16")))
+        note("ours-bf16", ours(EXAMPLE, folder, "ours-bf16", overrides(options.steps, "bf16")))
         note("trainer", peer_in_a_process("trainer", options.steps))
-        note("ours-fp32", ours(folder, "ours-fp32", overrides(options.steps, "fp32")))
+        note("ours-fp32", ours(EXAMPLE, folder, "ours-fp32", overrides(options.steps, "fp32")))
         note("trainer-bf16", peer_in_a_process("trainer-bf16", options.steps))
         note("textbook", peer_in_a_process("textbook", options.steps))
         at_64 = [
             "train.precision=fp32", f"train.max_steps={options.scaling_steps}", "train.eval_every=null",
             "train.global_batch_size=64",
         ]  # fmt: skip
-        note("one-64", ours(folder, "one-64", [*at_64, "strategy=single", "train.micro_batch_size=64"]))
+        note("one-64", ours(EXAMPLE, folder, "one-64", [*at_64, "strategy=single", "train.micro_batch_size=64"]))
         for engine in ("ddp", "zero2"):
             sets = [*at_64, f"strategy={engine}", "train.micro_batch_size=32"]
-            note(f"{engine}-64", ours(folder, f"{engine}-64", sets, processes=2))
+            note(f"{engine}-64", ours(EXAMPLE, folder, f"{engine}-64", sets, processes=2))
     rate = {name: one["samples_per_s"] for name, one in found.items()}
     f1 = {name: one["f1_macro"] for name, one in found.items()}
     figures: dict[str, Any] = {

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from launch.config import Metric, Task
 from launch.data import Rows, collate
@@ -55,7 +54,10 @@ def evaluate(
     loss = float(found[0].sum()) / loss_terms(rows, everything, task)
     if causal:
         return Evaluation({"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
-    classes = found[1].long().numpy()
+    # A second of imports, which the first step need not wait for.
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    classes = found[1].cpu().long().numpy()
     return Evaluation(
         {
             "loss": loss,

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,9 @@ def _cell(label: str) -> str:
 
 def class_report(actual: npt.NDArray[Any], predicted: npt.NDArray[Any], labels: Sequence[str]) -> ClassReport:
     """Of rows with class numbers `actual` that were taken for `predicted`; a class without rows is in it, too."""
+    # Late, as in launch.metrics.
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
     numbers = np.arange(len(labels))
     columns = precision_recall_fscore_support(actual, predicted, labels=numbers, zero_division=0)
     scores = tuple(

@@ -44,7 +44,11 @@ class Yard:
     def __init__(self, home: Path, **settings: str) -> None:
         self.home = home
         self.env = {key: value for key, value in os.environ.items() if not key.startswith("TUNEYARD_")}
-        self.env |= {"TUNEYARD_HOME": str(home), ENV_CACHE: os.environ[ENV_CACHE], "HF_HUB_OFFLINE": "1"}
+        self.env |= {
+            "TUNEYARD_HOME": str(home),
+            ENV_CACHE: os.environ.get(ENV_CACHE, f"{home}/cache"),
+            "HF_HUB_OFFLINE": "1",
+        }
         settings = {"standbys": "0"} | settings  # importing for a job that never comes
         self.env |= {f"TUNEYARD_{name.upper()}": value for name, value in settings.items()}
 
