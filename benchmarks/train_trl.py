@@ -1,6 +1,6 @@
 """A LoRA adapter for SmolLM2 on ChatterBot's dialogues: Tuneyard's loop beside TRL's SFTTrainer.
 
-    python -m benchmarks.train_trl [--steps 60] [--seeds 3]
+    python -m benchmarks.train_trl [--steps 24] [--seeds 3]
 
 Same model in fp32 under bf16 autocast, same rows, template and split (by unique answer), adapter, batch of 8, AdamW,
 cosine schedule, cores; each run in a process of its own. TRL learns completions alone, as it does by default with
@@ -157,7 +157,7 @@ def compared(steps: int, seeds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sft", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)

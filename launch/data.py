@@ -182,7 +182,7 @@ class Batch:
 
 
 def load_corpus(spec: TrainSpec, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    """What build_corpus makes, out of the cache if it was made before; its arrays are then read-only.
+    """What build_corpus makes, out of the cache if it was made before.
 
     Raises:
         DataError: whatever makes the data unfit, with the field at fault.

@@ -63,7 +63,7 @@ class TokenCache:
     limit: int
 
     def fetch(self, key_of: Callable[[], str], build: Callable[[bool], Entry]) -> Entry:
-        """The entry of `key_of()`: mapped and read-only, or as `build` has just made it.
+        """The entry of `key_of()`: mapped, what is written to it staying in this process, or as `build` has just made it.
 
         `build` is told whether it alone works on this key on this machine. `key_of` is asked again after it: what
         changed while it was read is not kept.
@@ -98,7 +98,7 @@ class TokenCache:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 if hashlib.file_digest(file, xxhash.xxh3_128).hexdigest() != (directory / DIGEST).read_text():
                     return None
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, UnicodeDecodeError):
             return None
         with contextlib.suppress(OSError):  # another user's cache may be read, too

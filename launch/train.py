@@ -12,13 +12,13 @@ from launch.best import Best
 from launch.checkpoint import same_topology as checkpoint
 from launch.config import TrainSpec
 from launch.contract import AttemptFiles, ExitCode, RankResult, RunContract, TrainSummary
-from launch.cores import take_cores
 from launch.data import Batch, Corpus, Rows, load_corpus, sampler_for
 from launch.determinism import fix_numerics, seed_all
 from launch.engine import Engine, build_engine, make_accelerator, peak_bytes
 from launch.errors import ContractError, DataError, SpecError
 from launch.export import Outcome, export
 from launch.feed import Feed
+from launch.host import pin_threads, take_share
 from launch.losses import loss_terms, weights_of_classes
 from launch.metrics import EarlyStop, Evaluation, evaluate
 from launch.model import build_model, load_tokenizer
@@ -50,7 +50,7 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     assert spec is not None
     progress = Progress(files.progress(rank))
     progress.phase("start")
-    take_cores(plan.device)
+    take_share(plan.device)
     fix_numerics(spec.train, contract.origin.pinned, rank)
     accelerator = make_accelerator(plan, spec.train, spec.trackers, contract.tracker_dir)
     seed_all(spec.train.seed, rank)
@@ -66,6 +66,8 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     check_data(contract, corpus)
     loop = Loop(contract, spec, engine, objective, corpus, fingerprint, int(tokenizer.pad_token_id), progress, stop)
     loop.resume(Path(contract.checkpoint_dir))
+    if plan.device == "cpu":
+        pin_threads()
     record = begin_record(contract, engine, corpus, loop.step)
     if spec.trackers:
         folder = Path(contract.tracker_dir)

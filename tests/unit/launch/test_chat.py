@@ -112,27 +112,59 @@ def runs(ids: list[int], learned: list[bool], tokenizer: PreTrainedTokenizerBase
 )  # fmt: skip
 def test_the_loss_is_on_every_answer_and_its_end(llama: Path, template: str, expected: list[tuple[bool, str]]) -> None:
     tokenizer = tokenizer_with(llama, template)
-    ids, learned = encode(DIALOGUE, tokenizer, "row 1", answers=True)
+    ids, learned = encode([DIALOGUE], ["row 1"], tokenizer, answers=True)[0]
     assert runs(ids, learned, tokenizer) == expected
     assert ids == tokenizer.apply_chat_template(DIALOGUE, return_dict=True)["input_ids"]
-    whole = encode(DIALOGUE, tokenizer, "row 1", answers=False)
+    whole = encode([DIALOGUE], ["row 1"], tokenizer, answers=False)[0]
     assert (whole.ids, set(whole.learned)) == (ids, {True})
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(llama: Path) -> None:
     tokenizer = tokenizer_with(llama, LAST_ANSWER_ONLY)
-    one_answer = encode(DIALOGUE[:2], tokenizer, "row 1", answers=True)
+    one_answer = encode([DIALOGUE[:2]], ["row 1"], tokenizer, answers=True)[0]
     assert runs(*one_answer, tokenizer)[-1] == (True, "stop, please</s>")
     with pytest.raises(DataError, match=r"row 7 of data\.train: the chat template writes turn 2") as caught:
-        encode(DIALOGUE, tokenizer, "row 7 of data.train", answers=True)
+        encode([DIALOGUE], ["row 7 of data.train"], tokenizer, answers=True)
     assert (caught.value.code, caught.value.field) == ("template-not-prefix-stable", "data.chat_template")
 
 
 def test_what_a_template_refuses_is_told_with_its_row(llama: Path) -> None:
     tokenizer = tokenizer_with(llama, LLAMA)
     with pytest.raises(DataError, match=r"row 3: .*roles must alternate") as caught:
-        encode([DIALOGUE[0], *DIALOGUE], tokenizer, "row 3", answers=True)
+        encode([[DIALOGUE[0], *DIALOGUE]], ["row 3"], tokenizer, answers=True)
     assert caught.value.code == "template-refuses"
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA, ZEPHYR, MARKED])
+@pytest.mark.parametrize("answers", [True, False])
+def test_many_dialogues_are_as_each_by_itself(llama: Path, template: str, answers: bool) -> None:
+    tokenizer = tokenizer_with(llama, template)
+    dialogues = [DIALOGUE, DIALOGUE[:2], DIALOGUE[2:], DIALOGUE]
+    names = ["1", "2", "3", "4"]
+    each = [encode([one], [name], tokenizer, answers=answers)[0] for one, name in zip(dialogues, names, strict=True)]
+    assert encode(dialogues, names, tokenizer, answers=answers) == each
+
+
+@pytest.mark.parametrize(
+    ("template", "codes"),
+    [
+        ("{% if messages[-1].content == 'bad' %}{{ raise_exception('no') }}{% endif %}" + LAST_ANSWER_ONLY,
+         {"refused": "template-refuses", "unlearnable": "template-not-prefix-stable"}),
+        ("{% if messages[-1].content == 'bad' %}{{ raise_exception('no') }}{% endif %}"
+         "{% for m in messages %}{% if m.role == 'assistant' and messages[0].content != 'win a prize' %}"
+         "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
+         {"refused": "template-refuses", "unlearnable": "no-targets"}),
+    ],
+    ids=["unmarked", "marked"],
+)  # fmt: skip
+def test_of_several_dialogues_at_fault_the_first_is_named(llama: Path, template: str, codes: dict[str, str]) -> None:
+    tokenizer = tokenizer_with(llama, template)
+    fine = DIALOGUE[2:]
+    faulty = {"refused": [*fine[:1], {"role": "assistant", "content": "bad"}], "unlearnable": DIALOGUE}
+    for names in (["fine", "refused", "unlearnable"], ["fine", "unlearnable", "refused"]):
+        with pytest.raises(DataError, match=f": {names[1]}: ") as caught:
+            encode([faulty.get(name, fine) for name in names], names, tokenizer, answers=True)
+        assert caught.value.code == codes[names[1]]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from launch.cores import cores_of_rank
+from launch.host import cores_of_rank
 
 
 def test_ranks_that_fill_a_node_divide_its_cores() -> None:

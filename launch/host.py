@@ -1,0 +1,74 @@
+"""A rank's share of its host: cores, threads, and memory that is kept once it has been had."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+from launch.contract import Device
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
+
+
+def take_share(device: Device) -> None:
+    """Threads, cores and allocator of this rank; before anything computes, since later threads inherit the cores.
+
+    As many threads as OMP_NUM_THREADS says, which a process with torch loaded beforehand has not read; and on a CPU,
+    where the ranks of this node divide all of its cores, each rank on cores of its own.
+    """
+    told = os.environ.get("OMP_NUM_THREADS")
+    if told:  # as torch itself would have taken it
+        torch.set_num_threads(min(int(told), os.cpu_count() or 1))
+    if device != "cpu":
+        return
+    mine = cores_of_rank(
+        sorted(os.sched_getaffinity(0)),
+        torch.get_num_threads(),
+        int(os.environ.get("LOCAL_RANK", "0")),
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
+    if mine:
+        os.sched_setaffinity(0, mine)
+    keep_memory()
+
+
+def cores_of_rank(cores: list[int], threads: int, local_rank: int, local_world_size: int) -> list[int]:
+    """The cores of one of `local_world_size` ranks with `threads` each; empty where they are not all of `cores`: others
+    may be on the rest, and the kernel knows better which are free."""
+    if local_world_size * threads != len(cores):
+        return []
+    return cores[local_rank * threads : (local_rank + 1) * threads]
+
+
+def keep_memory() -> None:
+    """Have malloc keep what is freed: a step allocates what the one before did, and pages given back and had anew cost
+    a small model on a CPU a tenth of its step. Nothing where the C library is not glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)  # large blocks from the heap, too: what is mapped for one goes back with it
+        mallopt(M_TRIM_THRESHOLD, -1)  # as an unsigned number the largest: never
+
+
+def pin_threads() -> None:
+    """One core for each of torch's threads, if this rank has as many cores as threads.
+
+    Two of them on one core wait for each other by turns of the scheduler, which has been seen to leave them there for
+    minutes and to cost a factor of ten. Threads that other libraries have begun already keep all of the rank's cores.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) != torch.get_num_threads() or len(cores) == 1:
+        return
+    before = _threads()
+    torch.zeros(1 << 20).add_(1.0)  # large enough to be divided: torch's threads are there after it
+    pool = sorted(_threads() - before)
+    if len(pool) != len(cores) - 1:
+        return  # they were there before, and cannot be told from others
+    for thread, core in zip([os.getpid(), *pool], cores, strict=True):
+        os.sched_setaffinity(thread, [core])
+
+
+def _threads() -> set[int]:
+    return {int(entry.name) for entry in Path("/proc/self/task").iterdir()}
