@@ -196,9 +196,19 @@ class PlainEngine:
     def step(self, learning_rate: float) -> None:
         set_rates(self._optimizer.param_groups, learning_rate)
         if self._max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self._wrapped.parameters(), self._max_grad_norm)
+            self._clip(self._max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def _clip(self, max_norm: float) -> None:
+        """Clip as torch.nn.utils.clip_grad_norm_; a fused optimizer multiplies while it reads the gradients anyway."""
+        optimizer = self._optimizer.optimizer
+        if self.accelerator.scaler is not None or not optimizer.defaults.get("fused"):
+            self.accelerator.clip_grad_norm_(self._wrapped.parameters(), max_norm)
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # what it divides by
 
     def skip(self) -> None:
         self._optimizer.zero_grad()

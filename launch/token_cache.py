@@ -63,7 +63,7 @@ class TokenCache:
     limit: int
 
     def fetch(self, key_of: Callable[[], str], build: Callable[[bool], Entry]) -> Entry:
-        """The entry of `key_of()`: mapped, what is written to it staying in this process, or as `build` has just made it.
+        """The entry of `key_of()`: mapped, or as `build` has just made it. What is written to it stays in this process.
 
         `build` is told whether it alone works on this key on this machine. `key_of` is asked again after it: what
         changed while it was read is not kept.

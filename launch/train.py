@@ -14,6 +14,7 @@ from launch.config import TrainSpec
 from launch.contract import AttemptFiles, ExitCode, RankResult, RunContract, TrainSummary
 from launch.data import Batch, Corpus, Rows, load_corpus, sampler_for
 from launch.determinism import fix_numerics, seed_all
+from launch.dropout import drop_cheaply
 from launch.engine import Engine, build_engine, make_accelerator, peak_bytes
 from launch.errors import ContractError, DataError, SpecError
 from launch.export import Outcome, export
@@ -59,6 +60,8 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     tokenizer = load_tokenizer(spec.model, spec.data.chat_template)
     corpus = load_corpus(spec, tokenizer)
     model = build_model(spec, corpus.labels, int(tokenizer.pad_token_id), checkpointing=plan.activation_checkpointing)
+    if plan.device == "cpu":
+        drop_cheaply(model)
     weights = weights_of_classes(spec.train.class_weights, corpus.train, corpus.labels)
     objective = objective_of(spec, model, weights)
     engine = build_engine(accelerator, model, plan, spec.train)
