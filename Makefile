@@ -95,7 +95,12 @@ bench-latency: examples
 	$(BIN)/python -m benchmarks.latency
 
 bench-train: examples
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,bench]'
+	@$(BIN)/python configs/jobs/examples.py --causal-lm
 	$(BIN)/python -m benchmarks.train
+
+bench-standby: examples
+	$(BIN)/python -m benchmarks.standby
 
 clean:
 	rm -rf .venv .tuneyard .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist

@@ -89,7 +89,7 @@ def sft(steps: int, seed: int, output: Path) -> float:
     )  # fmt: skip
     trainer.train()
     trainer.save_model(str(output))
-    return speed(marks, BATCH)
+    return speed([marks], BATCH)
 
 
 def answer_loss(adapter: Path) -> float:
@@ -132,7 +132,7 @@ def compared(steps: int, seeds: int) -> dict[str, Any]:
         folder = Path(name)
         for seed in range(seeds):
             here = folder / f"ours-{seed}"
-            rates["ours"].append(ours(EXAMPLE, folder, here.name, overrides(steps, seed))["samples_per_s"])
+            rates["ours"].append(speed([ours(EXAMPLE, folder, here.name, overrides(steps, seed)).marks], BATCH))
             losses["ours"].append(in_a_process("--measure", str(folder / "runs" / here.name / "model")))
             there = folder / f"trl-{seed}"
             rates["trl"].append(in_a_process("--steps", str(steps), "--sft", str(there), "--seed", str(seed)))
@@ -146,7 +146,6 @@ def compared(steps: int, seeds: int) -> dict[str, Any]:
     noise = (sum(statistics.variance(losses[who]) / seeds for who in losses)) ** 0.5 if seeds > 1 else 0.0
     return {
         "vs_trl_ratio": round(statistics.median(a / b for a, b in zip(rates["ours"], rates["trl"], strict=True)), 2),
-        "vs_trl_limit": LIMIT,
         "answer_loss": {who: [round(loss, 4) for loss in found] for who, found in losses.items()},
         "answer_loss_gap": round(gap, 4),
         "answer_loss_noise": round(noise, 4),

@@ -92,7 +92,7 @@ def accelerate_config(
         "main_training_function": "main",
         "use_cpu": plan.device == "cpu" and plan.zero_stage == 0,
         "gpu_ids": "all",  # which GPUs those are is CUDA_VISIBLE_DEVICES's to say
-        "enable_cpu_affinity": plan.device == "cuda",  # the cores near its GPU; on a CPU, launch.cores divides them
+        "enable_cpu_affinity": plan.device == "cuda",  # the cores near its GPU; on a CPU, launch.host divides them
     }
     if plan.zero_stage > 0:
         assert deepspeed_file is not None
