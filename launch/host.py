@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,8 +14,27 @@ from launch.contract import Device
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
 
 
-def take_share(device: Device) -> None:
-    """Threads, cores and allocator of this rank; before anything computes, since later threads inherit the cores.
+@dataclass(frozen=True)
+class Share:
+    """What a rank has of its host."""
+
+    cores: tuple[int, ...]
+    threads: tuple[int, ...]
+    """Kernel ids of torch's threads, this one first."""
+
+    def pin(self) -> None:
+        """One core for each of torch's threads, if there are as many. Threads that begin after this inherit the first.
+
+        Two of them on one core wait for each other by turns of the scheduler, which has been seen to leave them there
+        for minutes and to cost a factor of ten.
+        """
+        if len(self.cores) == len(self.threads) > 1:
+            for thread, core in zip(self.threads, self.cores, strict=True):
+                os.sched_setaffinity(thread, [core])
+
+
+def take_share(device: Device) -> Share:
+    """Threads, cores and allocator of this rank; before anything computes.
 
     As many threads as OMP_NUM_THREADS says, which a process with torch loaded beforehand has not read; and on a CPU,
     where the ranks of this node divide all of its cores, each rank on cores of its own.
@@ -23,7 +43,7 @@ def take_share(device: Device) -> None:
     if told:  # as torch itself would have taken it
         torch.set_num_threads(min(int(told), os.cpu_count() or 1))
     if device != "cpu":
-        return
+        return Share((), ())
     mine = cores_of_rank(
         sorted(os.sched_getaffinity(0)),
         torch.get_num_threads(),
@@ -33,6 +53,9 @@ def take_share(device: Device) -> None:
     if mine:
         os.sched_setaffinity(0, mine)
     keep_memory()
+    before = _threads()
+    torch.zeros(1 << 20).add_(1.0)  # large enough to be divided: torch's threads are there after it, and no others
+    return Share(tuple(mine), (os.getpid(), *sorted(_threads() - before)))
 
 
 def cores_of_rank(cores: list[int], threads: int, local_rank: int, local_world_size: int) -> list[int]:
@@ -50,24 +73,6 @@ def keep_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)  # large blocks from the heap, too: what is mapped for one goes back with it
         mallopt(M_TRIM_THRESHOLD, -1)  # as an unsigned number the largest: never
-
-
-def pin_threads() -> None:
-    """One core for each of torch's threads, if this rank has as many cores as threads.
-
-    Two of them on one core wait for each other by turns of the scheduler, which has been seen to leave them there for
-    minutes and to cost a factor of ten. Threads that other libraries have begun already keep all of the rank's cores.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) != torch.get_num_threads() or len(cores) == 1:
-        return
-    before = _threads()
-    torch.zeros(1 << 20).add_(1.0)  # large enough to be divided: torch's threads are there after it
-    pool = sorted(_threads() - before)
-    if len(pool) != len(cores) - 1:
-        return  # they were there before, and cannot be told from others
-    for thread, core in zip([os.getpid(), *pool], cores, strict=True):
-        os.sched_setaffinity(thread, [core])
 
 
 def _threads() -> set[int]:

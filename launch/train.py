@@ -19,7 +19,7 @@ from launch.engine import Engine, build_engine, make_accelerator, peak_bytes
 from launch.errors import ContractError, DataError, SpecError
 from launch.export import Outcome, export
 from launch.feed import Feed
-from launch.host import pin_threads, take_share
+from launch.host import take_share
 from launch.losses import loss_terms, weights_of_classes
 from launch.metrics import EarlyStop, Evaluation, evaluate
 from launch.model import build_model, load_tokenizer
@@ -51,7 +51,7 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     assert spec is not None
     progress = Progress(files.progress(rank))
     progress.phase("start")
-    take_share(plan.device)
+    share = take_share(plan.device)
     fix_numerics(spec.train, contract.origin.pinned, rank)
     accelerator = make_accelerator(plan, spec.train, spec.trackers, contract.tracker_dir)
     seed_all(spec.train.seed, rank)
@@ -69,8 +69,7 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     check_data(contract, corpus)
     loop = Loop(contract, spec, engine, objective, corpus, fingerprint, int(tokenizer.pad_token_id), progress, stop)
     loop.resume(Path(contract.checkpoint_dir))
-    if plan.device == "cpu":
-        pin_threads()
+    share.pin()
     record = begin_record(contract, engine, corpus, loop.step)
     if spec.trackers:
         folder = Path(contract.tracker_dir)

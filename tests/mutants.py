@@ -95,7 +95,17 @@ def crash_at_6() -> None:
     launch.train.Loop.train_step = failing
 
 
+def late() -> None:
+    """Not a mistake: losses are read a step later, as on a GPU; and batches are laid out ahead."""
+    import launch.train
+
+    tally, feed = launch.train.Tally, launch.train.Feed
+    launch.train.Tally = lambda device, **_: tally(device, late=True)
+    launch.train.Feed = lambda *arguments, **options: feed(*arguments, **{**options, "ahead": True})
+
+
 MUTANTS = {
+    "late": late,
     "crash-at-6": crash_at_6,
     "nan-at-3": nan_at_3,
     "nan-from-3": nan_from_3,

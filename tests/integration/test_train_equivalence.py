@@ -183,6 +183,13 @@ def test_every_engine_trains_as_the_reference(
         assert result.master_bytes == pytest.approx(master, rel=0.01)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_what_a_gpu_does_ahead_and_late_changes_nothing(
+    spec: TrainSpec, reference: Outcome, tmp_path: Path, engine: str
+) -> None:
+    compare(outcome(run(spec, tmp_path, engine, 2, 3, mutant="late"), tmp_path), reference)
+
+
 @pytest.mark.parametrize(
     ("mutant", "engine", "micro_batch"),
     [

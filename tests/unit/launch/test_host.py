@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
+import pytest
+
 from launch.host import cores_of_rank
 
 
@@ -14,3 +20,30 @@ def test_others_are_left_to_the_kernel() -> None:
     """A gang smaller than the node, or one with more threads than there are cores."""
     assert cores_of_rank([0, 1, 2, 3], 1, 0, 2) == []
     assert cores_of_rank([0, 1], 1, 3, 4) == []
+
+
+PROBE = """
+import os, sys, torch
+from pathlib import Path
+from launch.host import Share, take_share
+share = take_share("cpu")
+of = lambda thread: sorted(os.sched_getaffinity(thread))
+cores = sorted(os.sched_getaffinity(0))
+assert len(share.threads) == torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"]), share
+assert all(of(thread) == cores for thread in share.threads)
+share.pin()
+if len(share.cores) == len(share.threads):
+    assert [of(thread) for thread in share.threads] == [[core] for core in share.cores]
+a = torch.randn(300, 300)
+assert torch.isfinite(a @ a).all()
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_process_takes_its_share(threads: int) -> None:
+    """In a process of its own: allocator and cores are the process's for good."""
+    if threads > (os.cpu_count() or 1):
+        pytest.skip("fewer cores than threads")
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([sys.executable, "-c", PROBE], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
