@@ -22,19 +22,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import yaml
-
-from launch.alone import plan_alone
-from launch.attempt import AttemptFiles
+from benchmarks.training import Run, ours, speed
 from launch.config import load_train_spec
-from launch.contract import NodeShare, ProgressLine, RankExit
 from launch.document import read_document
-from launch.engine_config import accelerate_config, launch_environment
-from orchestrator.execute.local import free_port
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "configs" / "jobs" / "sms-spam.yaml"
 PADDED = 128
@@ -55,14 +48,6 @@ def overrides(steps: int, precision: str) -> list[str]:
         "strategy=single", f"train.precision={precision}", f"train.max_steps={steps}", "train.eval_every=null",
         f"train.global_batch_size={BATCH}", f"train.micro_batch_size={BATCH}", f"data.max_length={PADDED}",
     ]  # fmt: skip
-
-
-class Run(NamedTuple):
-    """One training."""
-
-    marks: list[float]
-    """When each step ended, in seconds."""
-    f1_macro: float
 
 
 def peer(name: str, steps: int) -> Run:
@@ -138,52 +123,10 @@ def peer(name: str, steps: int) -> Run:
     return Run(marks, f1)
 
 
-def speed(repeats: list[list[float]], batch: int) -> float:
-    """Samples a second between the end of the first step and the end of the last, each step at its fastest."""
-    steps = [[after - before for before, after in pairwise(marks)] for marks in repeats]
-    fastest = [min(times) for times in zip(*steps, strict=True)]
-    return len(fastest) * batch / sum(fastest)
-
-
 def peer_in_a_process(name: str, steps: int) -> Run:
     command = [sys.executable, "-m", "benchmarks.train", "--peer", name, "--steps", str(steps)]
     told = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     return Run(*json.loads(told.stdout.strip().splitlines()[-1]))
-
-
-def ours(example: Path, folder: Path, name: str, sets: list[str], processes: int = 1) -> Run:
-    """Train by `accelerate launch -m launch`, alone."""
-    job = folder / f"{name}.yaml"
-    keys = yaml.safe_load(example.read_text())
-    keys["name"] = name
-    keys["model"]["name_or_path"] = str(example.parent / keys["model"]["name_or_path"])
-    keys["data"]["train"] = str(example.parent / keys["data"]["train"])
-    job.write_text(yaml.safe_dump(keys))
-    spec = load_train_spec(read_document(job, sets))
-    plan = plan_alone(spec, processes, "cpu")
-    share = NodeShare(
-        node="n", address="127.0.0.1", processes=processes, threads=max(1, (os.cpu_count() or 1) // processes)
-    )
-    config = folder / f"{name}-accelerate.yaml"
-    deepspeed = folder / f"{name}-deepspeed.json" if plan.zero_stage else None
-    config.write_text(
-        yaml.safe_dump(accelerate_config(plan, [share], 0, free_port(), str(deepspeed) if deepspeed else None))
-    )
-    if deepspeed is not None:
-        from launch.engine_config import deepspeed_config
-
-        deepspeed.write_text(json.dumps(deepspeed_config(spec.train, plan)))
-    flags = [flag for one in sets for flag in ("--set", one)]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "launch"]
-    env = os.environ | launch_environment(plan, share) | {"HF_HUB_OFFLINE": "1"}
-    subprocess.run([*command, "--config", str(job), *flags], env=env, check=True, capture_output=True, cwd=folder)
-    files = AttemptFiles(folder / "runs" / name)
-    end = RankExit.model_validate_json(files.exit(0).read_bytes())
-    assert end.result is not None
-    assert end.result.metrics is not None
-    lines = [ProgressLine.model_validate_json(line) for line in files.progress(0).read_text().splitlines()]
-    marks = [line.time for line in lines if line.phase == "train"]
-    return Run(marks, end.result.metrics.get("f1_macro", 0.0))
 
 
 def main() -> None:

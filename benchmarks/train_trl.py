@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train import ours, speed
+from benchmarks.training import ours, speed
 from launch.config import TrainSpec, load_train_spec
 from launch.document import read_document
 
