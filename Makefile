@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup examples demo test lint format bench-latency bench-train clean
+.PHONY: help setup examples demo test lint format bench-latency bench-standby bench-train clean
 
 help:
 	@echo "make demo           set up, then fine-tune MiniLM on two processes through a local yard"
@@ -19,7 +19,8 @@ help:
 	@echo "make lint           ruff, mypy and the import contracts"
 	@echo "make format         let ruff rewrite what it can"
 	@echo "make bench-latency  measure how long a job takes from submit to its first step"
-	@echo "make bench-train    measure training on this CPU beside the textbook's loop and transformers' Trainer"
+	@echo "make bench-standby  measure how long an attempt takes to its first step, with a standby and without"
+	@echo "make bench-train    measure training on this CPU beside the textbook's loop, transformers' Trainer and TRL"
 	@echo "make clean          remove caches, .venv and the example yard (.tuneyard)"
 
 setup: $(READY)
