@@ -36,7 +36,8 @@ def overrides(steps: int, seed: int) -> list[str]:
     return [
         "strategy=single", "resources.num_processes=1", "train.precision=bf16", f"train.max_steps={steps}",
         "train.eval_every=null", "train.early_stopping=null", "train.samples=0", f"train.seed={seed}",
-        "train.group_by_length=false", "train.weight_decay=0.0", f"train.global_batch_size={BATCH}", f"train.micro_batch_size={BATCH}",
+        "train.group_by_length=false", "train.weight_decay=0.0",
+        f"train.global_batch_size={BATCH}", f"train.micro_batch_size={BATCH}",
     ]  # fmt: skip
 
 
