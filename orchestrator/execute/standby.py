@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -52,6 +53,7 @@ class Standby:
         """Number of an order → its launcher's exit status."""
         self._orders = 0
         self._unread = b""
+        self._hearing = threading.Lock()  # an agent's watch and whoever asks for a report both listen
 
     def order(self, argv: tuple[str, ...], environment: dict[str, str], cwd: str, log: Path) -> Ordered | None:
         """A launcher that does what `argv` would; None if the standby has died."""
@@ -68,15 +70,17 @@ class Standby:
     def alive(self) -> bool:
         """Whether it is there, after hearing what it has said."""
         assert self.process.stdout is not None
-        while read := self.process.stdout.read(1 << 16):
-            *lines, self._unread = (self._unread + read).split(b"\n")
-            for line in lines:
-                said = json.loads(line)
-                if "ready" in said:
-                    self.ready = True
-                else:
-                    self.ended[said["number"]] = said["code"]
-        return self.process.poll() is None
+        with self._hearing:
+            running = self.process.poll() is None  # before reading: its last words are heard, too
+            while read := self.process.stdout.read(1 << 16):
+                *lines, self._unread = (self._unread + read).split(b"\n")
+                for line in lines:
+                    said = json.loads(line)
+                    if "ready" in said:
+                        self.ready = True
+                    else:
+                        self.ended[said["number"]] = said["code"]
+            return running
 
     def close(self) -> None:
         """End it; its launchers go on."""
