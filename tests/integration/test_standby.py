@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from launch.contract import RankExit, RankProcess, RunContract
 from orchestrator.execute.member import LaunchRequest, Member
 from orchestrator.execute.processes import carrying, of_run
 from orchestrator.execute.request import build_request
-from orchestrator.execute.standby import LATE, Ordered, Standbys, node_environment
+from orchestrator.execute.standby import LATE, Ordered, Standby, Standbys, node_environment
 from orchestrator.yard import ENV_YARD
 from tests.worlds import a_contract, a_plan, a_spec, start, write_bert, write_messages
 from tests.yards import a_yard
@@ -230,3 +231,38 @@ def test_a_yard_starts_attempts_by_them(tmp_path: Path, executor: str) -> None:
             assert process.standby or (number > 0 and executor == "local")
         record = yard.record
     assert carrying(ENV_YARD, record.id) == [], "no standby outlives its yard"
+
+
+CHATTERER = """
+import json
+for number in range(20_000):
+    print(json.dumps({"number": number, "code": 0}))
+"""
+
+
+def test_two_threads_that_listen_lose_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent's watch asks how a launcher ended while its yard asks for a report; a lost word would hang it."""
+    started = subprocess.Popen
+
+    def chatterer(_argv: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        return started([sys.executable, "-c", CHATTERER.replace("\\\\n", "\\n")], **options)
+
+    monkeypatch.setattr(orchestrator.execute.standby.subprocess, "Popen", chatterer)
+    standby = Standby(dict(os.environ))
+    problems: list[BaseException] = []
+
+    def listen() -> None:
+        try:
+            while standby.alive():
+                pass
+        except ValueError as problem:
+            problems.append(problem)
+
+    listeners = [threading.Thread(target=listen) for _ in range(4)]
+    for listener in listeners:
+        listener.start()
+    for listener in listeners:
+        listener.join(60)
+    standby.close()
+    assert problems == []
+    assert set(standby.ended) == set(range(20_000))
