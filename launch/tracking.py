@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from launch.attempt import write_atomically
 from launch.config import TrainSpec
 from launch.contract import ProgressLine
+from launch.errors import SpecError
 
 LOSS_NAMES = {
     "loss": "train/loss",
@@ -45,7 +46,15 @@ def start_trackers(
         os.environ["MLFLOW_TRACKING_URI"] = (folder / "mlflow").as_uri()
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     first = not known and not step
-    accelerator.init_trackers(spec.name, config=dict(_flat(spec)) if first else None, init_kwargs=settings)
+    try:
+        accelerator.init_trackers(spec.name, config=dict(_flat(spec)) if first else None, init_kwargs=settings)
+    except _refusals(spec.trackers) as problem:
+        raise SpecError(
+            f"a tracker could not be started: {(str(problem) or repr(problem)).splitlines()[0]}",
+            code="tracker-not-started",
+            field="trackers",
+            hint="log in where the job runs, set WANDB_MODE: offline or MLFLOW_TRACKING_URI in env, or leave it out",
+        ) from problem
     if accelerator.is_main_process:
         ids = {"wandb": job_id} if "wandb" in spec.trackers else {}
         if "mlflow" in spec.trackers:
@@ -58,6 +67,20 @@ def start_trackers(
             accelerator.log(values, step=line.step)
 
     return follow
+
+
+def _refusals(trackers: tuple[str, ...]) -> tuple[type[Exception], ...]:
+    """What trackers raise when they cannot be started."""
+    found: list[type[Exception]] = [OSError]
+    if "wandb" in trackers:
+        from wandb.errors import Error
+
+        found.append(Error)
+    if "mlflow" in trackers:
+        from mlflow.exceptions import MlflowException
+
+        found.append(MlflowException)
+    return tuple(found)
 
 
 def values_of(line: ProgressLine) -> Iterator[tuple[str, float]]:

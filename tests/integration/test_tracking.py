@@ -72,3 +72,16 @@ def test_a_line_without_numbers_is_no_value() -> None:
     assert dict(values_of(ProgressLine(time=0, phase="train", step=3, skipped=1))) == {}
     line = ProgressLine(time=0, phase="evaluate", step=3, metrics={"loss": 0.5})
     assert dict(values_of(line)) == {"eval/loss": 0.5}
+
+
+def test_a_tracker_that_cannot_be_started_is_said(tmp_path: Path) -> None:
+    spec = a_spec(
+        write_bert(tmp_path / "bert"), write_messages(tmp_path / "messages.tsv", rows=60), trackers=["mlflow"]
+    )
+    launched = start(
+        a_contract(tmp_path / "run", a_plan(spec, "single", 1, 8), spec), {"MLFLOW_TRACKING_URI": "no-such-scheme://x"}
+    )
+    ended = launched.wait()
+    error = ended[0].error
+    assert error is not None, launched.logs()
+    assert (ended[0].code, error.code, error.field) == (ExitCode.USER_ERROR, "tracker-not-started", "trackers")
