@@ -77,7 +77,7 @@ def _refusals(trackers: tuple[str, ...]) -> tuple[type[Exception], ...]:
 
         found.append(Error)
     if "mlflow" in trackers:
-        from mlflow.exceptions import MlflowException
+        from mlflow.exceptions import MlflowException  # of the distribution mlflow-skinny
 
         found.append(MlflowException)
     return tuple(found)
