@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.config import TrainSpec, load_train_spec
-from launch.contract import Device, ExecutionPlan, NodeShare, Origin, RunContract
+from launch.contract import ALONE, Device, ExecutionPlan, NodeShare, Origin, RunContract, checkpoints_of_job
 from launch.document import read_document
 from launch.errors import SpecError
 from launch.git import git_state
@@ -20,7 +20,8 @@ DEFAULT_MICRO_BATCH = 8  # rows; without a planner nobody knows what fits
 def contract_alone(config: Path, overrides: Sequence[str], output: Path | None, world_size: int) -> RunContract:
     """Every rank builds the same contract, for `world_size` processes that are already running.
 
-    The run's directory is `runs/<name>` beside the job file, the model directory inside it.
+    The run's directory is `runs/<name>` beside the job file, the model directory inside it. Every start is an attempt
+    of its own, and goes on from the checkpoints of those before: its number is found when it begins.
 
     Raises:
         SpecError: a fault in the job file, or a strategy that does not fit the number of processes.
@@ -38,15 +39,16 @@ def contract_alone(config: Path, overrides: Sequence[str], output: Path | None, 
     model_dir = output.resolve() if output else Path(spec.output_dir) if spec.output_dir else run_dir / "model"
     share = NodeShare(node=socket.gethostname(), address="127.0.0.1", processes=world_size)
     return RunContract(
-        run_id=f"{spec.name}.1",
+        run_id=f"{spec.name}.{ALONE}",
         job_id=spec.name,
-        attempt=1,
+        attempt=ALONE,
         plan=plan_alone(spec, world_size, device_here()),
         nodes=(share,),
         main_port=int(os.environ.get("MASTER_PORT", "0")),
         run_dir=str(run_dir),
         output_dir=str(model_dir),
-        checkpoint_dir=str(run_dir / "checkpoints"),
+        checkpoint_dir=checkpoints_of_job(spec.checkpoint.directory, spec.name, run_dir),
+        tracker_dir=str(run_dir / "trackers"),
         spec=spec,
         origin=Origin(git=git_state(config)),
     )

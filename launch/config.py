@@ -87,12 +87,33 @@ class AdapterSpec(Section):
 
 
 class CheckpointSpec(Section):
-    """When training state is saved so that it can be resumed."""
+    """When training state is saved so that it can be resumed, where, and for how long it is kept.
 
-    every_steps: int | None = Field(None, ge=1)
-    """Save every so many steps; null saves none."""
+    A planned stop (`tuneyard pause`, a node that is drained) always saves, whatever the interval.
+    """
+
+    every_steps: int | Literal["auto"] | None = Field("auto", union_mode="left_to_right")
+    """Save every so many steps. `auto` weighs what saves cost against what failures cost, and never lets training wait
+    for saves longer than 3.5 % of its time; null saves at planned stops alone."""
+    every_minutes: float | None = Field(None, gt=0)
+    """Save every so many minutes, beside or instead of every_steps."""
     keep_last: int = Field(3, ge=1)
     """Older checkpoints than the newest so many are deleted."""
+    keep_every: int | None = Field(None, ge=1)
+    """Also keep those whose step is a multiple of this."""
+    keep_best: int = Field(0, ge=0)
+    """Also keep so many with the best evaluation at their step, by the metric of early_stopping, else the loss."""
+    directory: str | None = None
+    """Where checkpoints go: a directory (relative to the job file) or a URL such as `s3://bucket/prefix`, in which the
+    job gets a folder of its own; null puts them beside the job's other files."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy in host memory; false makes training wait for the storage."""
+    host_memory_gb: float | None = Field(None, gt=0)
+    """Most that a process may take for that copy (in 10^9 bytes); a larger state is written while training waits. null:
+    its share of half of what is free."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """What a save that fails does to the training, for example on a full disk: go on with the checkpoints that there
+    are, or stop."""
 
 
 class EngineChoice(Section):
@@ -249,7 +270,10 @@ def resolve_paths(spec: TrainSpec, base: Path) -> TrainSpec:
         data = data.model_copy(update={"chat_template": str(local_path(base, data.chat_template))})
     model = spec.model.model_copy(update={"name_or_path": absolute(spec.model.name_or_path)})
     output = None if spec.output_dir is None else str(local_path(base, spec.output_dir))
-    return spec.model_copy(update={"data": data, "model": model, "output_dir": output})
+    checkpoint = spec.checkpoint
+    if checkpoint.directory is not None and "://" not in checkpoint.directory:
+        checkpoint = checkpoint.model_copy(update={"directory": str(local_path(base, checkpoint.directory))})
+    return spec.model_copy(update={"data": data, "model": model, "output_dir": output, "checkpoint": checkpoint})
 
 
 def load_train_spec(document: Document) -> TrainSpec:

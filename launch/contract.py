@@ -24,6 +24,7 @@ from launch.attempt import (
 from launch.config import Offload, Precision, TrainSpec
 
 __all__ = [
+    "ALONE",
     "ENV_CHECKPOINT_DIR",
     "ENV_HEARTBEAT",
     "ENV_OUTPUT_DIR",
@@ -31,6 +32,7 @@ __all__ = [
     "ENV_RUN_ID",
     "ENV_STOP_FILE",
     "AttemptFiles",
+    "CheckpointNote",
     "Device",
     "EngineName",
     "ExecutionPlan",
@@ -48,6 +50,7 @@ __all__ = [
     "RunContract",
     "StopRequest",
     "TrainSummary",
+    "checkpoints_of_job",
     "dumps",
     "write_atomically",
 ]
@@ -122,6 +125,10 @@ class Origin(Record):
     pinned: Pinned | None = None
 
 
+ALONE = 0
+"""The attempt of a contract that no orchestrator made."""
+
+
 class RunContract(Record):
     """All that a worker needs, in one JSON file."""
 
@@ -129,6 +136,7 @@ class RunContract(Record):
     """`<job id>.<attempt>`; in the environment of every process of the attempt."""
     job_id: str
     attempt: int
+    """ALONE if nobody numbers them."""
     plan: ExecutionPlan
     nodes: tuple[NodeShare, ...]
     main_port: int
@@ -137,7 +145,9 @@ class RunContract(Record):
     output_dir: str
     """Where the model directory goes."""
     checkpoint_dir: str
-    """Shared by all attempts of the job."""
+    """Shared by all attempts of the job: a directory, or a URL."""
+    tracker_dir: str
+    """Where trackers keep the job's run, which every attempt goes on with."""
     spec: TrainSpec | None = None
     command: tuple[str, ...] | None = None
     """The user's own command; exactly one of `spec` and `command` is given."""
@@ -148,12 +158,9 @@ class RunContract(Record):
     """Variables whose values the node's agent takes from its own environment: name there by name here."""
     leash_s: float = 30.0
     """A rank ends itself when its node agent's heartbeat is older than this."""
+    mtbf_s: float | None = None
+    """Mean time between failures of a gang like this one, in seconds, where the orchestrator knows it."""
     origin: Origin = Origin()
-
-    @property
-    def tracker_dir(self) -> str:
-        """Where trackers keep the job's run, which every attempt goes on with."""
-        return str(Path(self.checkpoint_dir).with_name("trackers"))
 
     @property
     def main_address(self) -> str:
@@ -245,6 +252,28 @@ class RankExit(Record):
     result: RankResult | None = None
 
 
+class CheckpointNote(Record):
+    """What became of a checkpoint."""
+
+    id: str
+    step: int
+    outcome: Literal["committed", "failed", "resumed", "quarantined", "not-tidied"]
+    """committed; a save that failed; what the attempt went on from; found damaged and set aside; committed, but older
+    ones could not be deleted."""
+    bytes: int = 0
+    """Of all ranks; resumed: that this rank read."""
+    blocked_s: float | None = None
+    """For how long training waited."""
+    save_s: float | None = None
+    """From the copy to the commit."""
+    write_s: float | None = None
+    """Of the slowest rank, hashing included."""
+    hash_s: float | None = None
+    code: str | None = None
+    message: str | None = None
+    hint: str | None = None
+
+
 class ProgressLine(Record):
     """One line of `progress.jsonl`."""
 
@@ -262,6 +291,7 @@ class ProgressLine(Record):
     skipped: int | None = None
     """How many steps were left out so far, where this is one."""
     metrics: dict[str, float] | None = None
+    checkpoint: CheckpointNote | None = None
 
 
 class StopRequest(Record):
@@ -270,6 +300,11 @@ class StopRequest(Record):
     reason: str
     deadline: float
     """Unix time after which the node agent ends what is left."""
+
+
+def checkpoints_of_job(directory: str | None, job_id: str, job_dir: Path) -> str:
+    """Where a job's checkpoints go: its own folder in the job file's `checkpoint.directory`, if there is one."""
+    return f"{directory.rstrip('/')}/{job_id}" if directory else str(job_dir / "checkpoints")
 
 
 def dumps(record: Record) -> dict[str, Any]:

@@ -204,6 +204,7 @@ def a_contract(run_dir: Path, plan: ExecutionPlan, spec: TrainSpec | None = None
         run_dir=str(run_dir),
         output_dir=str(run_dir / "model"),
         checkpoint_dir=str(run_dir / "checkpoints"),
+        tracker_dir=str(run_dir / "trackers"),
         spec=spec,
     )
     return contract.model_copy(update=changes)

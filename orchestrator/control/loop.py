@@ -11,7 +11,7 @@ from pathlib import Path
 
 import structlog
 
-from launch.contract import Origin, RunContract
+from launch.contract import Origin, RunContract, checkpoints_of_job
 from orchestrator.control.actions import (
     Action,
     EndAttempt,
@@ -201,7 +201,8 @@ class Controller:
             main_port=port,
             run_dir=str(folder / f"attempt-{action.number}"),
             output_dir=output,
-            checkpoint_dir=str(folder / "checkpoints"),
+            checkpoint_dir=checkpoints_of_job(job.checkpoint.directory, action.job_id, folder),
+            tracker_dir=str(folder / "trackers"),
             spec=training.train_spec() if training else None,
             command=job.run if not isinstance(job, TrainingJob) else None,
             working_dir=job.working_dir if not isinstance(job, TrainingJob) else None,

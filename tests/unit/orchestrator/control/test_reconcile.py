@@ -55,7 +55,7 @@ def an_attempt(
     assert isinstance(placement, Placement)
     contract = RunContract(
         run_id="job-1.1", job_id="job-1", attempt=1, plan=plan(a_command_job(processes), processes, "cpu"),
-        nodes=placement.shares, main_port=1, run_dir="/nowhere", output_dir="/nowhere", checkpoint_dir="/nowhere",
+        nodes=placement.shares, main_port=1, run_dir="/nowhere", output_dir="/nowhere", checkpoint_dir="/nowhere", tracker_dir="/trackers",
         command=("true",), leash_s=10,
     )  # fmt: skip
     values: dict[str, Any] = {

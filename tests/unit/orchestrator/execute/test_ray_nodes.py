@@ -44,6 +44,6 @@ def test_ranks_are_numbered_through_the_nodes() -> None:
     shares = [NodeShare(node=name, address="x", processes=count) for name, count in (("a", 2), ("b", 1), ("c", 3))]
     contract = RunContract(
         run_id="j.1", job_id="j", attempt=1, plan=plan(a_command_job(6), 6, "cpu"), nodes=tuple(shares), main_port=1,
-        run_dir="/r", output_dir="/o", checkpoint_dir="/c", command=("true",),
+        run_dir="/r", output_dir="/o", checkpoint_dir="/c", tracker_dir="/trackers", command=("true",),
     )  # fmt: skip
     assert [contract.ranks_of(index) for index in range(3)] == [(0, 1), (2,), (3, 4, 5)]

@@ -30,7 +30,7 @@ def a_contract(strategy: str = "zero2", device: str = "cuda", command: bool = Fa
     job = a_command_job(3) if command else a_training_job(3, strategy=strategy)
     return RunContract(
         run_id="job-1.2", job_id="job-1", attempt=2, plan=plan(job, 3, device), nodes=NODES, main_port=4567,  # type: ignore[arg-type]
-        run_dir="/yard/jobs/job-1/attempt-2", output_dir="/out", checkpoint_dir="/ckpt",
+        run_dir="/yard/jobs/job-1/attempt-2", output_dir="/out", checkpoint_dir="/ckpt", tracker_dir="/trackers",
         spec=job.train_spec() if isinstance(job, TrainingJob) else None,
         command=("python", "x.py") if command else None,
         working_dir="/work" if command else None, env={"MINE": "yes"}, env_from={"HF_TOKEN": "NODE_TOKEN"},

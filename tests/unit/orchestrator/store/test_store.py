@@ -70,7 +70,7 @@ def a_start(job_id: str = "a-1", number: int = 1) -> tuple[RunContract, Placemen
     assert placement is not None
     contract = RunContract(
         run_id=f"{job_id}.{number}", job_id=job_id, attempt=number, plan=plan(a_command_job(2), 2, "cpu"),
-        nodes=placement.shares, main_port=1, run_dir="/r", output_dir="/o", checkpoint_dir="/c", command=("true",),
+        nodes=placement.shares, main_port=1, run_dir="/r", output_dir="/o", checkpoint_dir="/c", tracker_dir="/trackers", command=("true",),
     )  # fmt: skip
     return contract, placement
 
