@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from launch.checkpoint.manifest import Unusable
 from launch.contract import (
     AttemptFiles,
     ExitCode,
@@ -34,6 +35,7 @@ EXIT_CODES: tuple[tuple[type[TuneyardError], ExitCode], ...] = (
     (DataError, ExitCode.DATA_ERROR),
     (ContractError, ExitCode.CONTRACT_MISMATCH),
     (SpecError, ExitCode.USER_ERROR),
+    (Unusable, ExitCode.USER_ERROR),
 )
 
 
@@ -147,7 +149,7 @@ def _redirect(log: Path) -> None:
 def _forget_last_run(files: AttemptFiles, rank: int) -> None:
     """Run alone, the same directory is used again; what it says of the last run must not be taken for this one."""
     files.rank(rank).mkdir(parents=True, exist_ok=True)
-    for stale in (files.exit(rank), files.progress(rank), *([files.stop] if rank == 0 else [])):
+    for stale in (files.exit(rank), files.progress(rank), files.samples(rank), *([files.stop] if rank == 0 else [])):
         stale.unlink(missing_ok=True)
 
 

@@ -77,6 +77,10 @@ class AttemptFiles:
     def progress(self, rank: int) -> Path:
         return self.rank(rank) / "progress.jsonl"
 
+    def samples(self, rank: int) -> Path:
+        """With train.log_samples: which rows it trained on."""
+        return self.rank(rank) / "samples.jsonl"
+
     def exit(self, rank: int) -> Path:
         return self.rank(rank) / "exit.json"
 

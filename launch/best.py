@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from launch.config import Metric
 from launch.engine import Engine
@@ -44,16 +42,13 @@ class Best:
         if self.state is not None:
             self._engine.restore(self._weights)
 
-    def save(self, checkpoint: Path) -> None:
-        """Write this rank's part into the directory of a checkpoint; `state` goes with the loop's."""
-        if self.state is not None:
-            save_file(self._weights, self._file(checkpoint))
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """This rank's part of the best weights, as the engine's fragments are; empty while there are none."""
+        return self._weights
 
-    def load(self, checkpoint: Path, state: BestState | None) -> None:
-        """What `save` wrote, on the same engine and world size."""
+    def room(self, state: BestState) -> dict[str, torch.Tensor]:
+        """Take `state` for the best so far; returns where its weights, from a checkpoint, are to be written."""
         self.state = state
-        if state is not None:
-            self._weights = load_file(self._file(checkpoint))
-
-    def _file(self, checkpoint: Path) -> Path:
-        return checkpoint / f"best-{self._engine.accelerator.process_index}.safetensors"
+        self._weights = self._engine.fragments()
+        return self._weights

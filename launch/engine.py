@@ -19,6 +19,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, Ini
 from torch import nn
 from transformers import PreTrainedModel
 
+from launch.checkpoint.state import TrainingState, state_of
 from launch.config import OptimSpec
 from launch.contract import ExecutionPlan
 from launch.engine_config import deepspeed_config
@@ -55,6 +56,9 @@ class Engine(Protocol):
 
     def restore(self, fragments: dict[str, torch.Tensor]) -> None:
         """Put back what `fragments` copied: to evaluate and export, since the optimizer does not learn of it."""
+
+    def state(self) -> TrainingState:
+        """What a checkpoint holds of it, as views of the live memory."""
 
     def describe(self) -> ExecutionPlan:
         """What is running, as found in the live engine."""
@@ -220,6 +224,9 @@ class PlainEngine:
         for name, part in trained_parts(self.module).items():
             part.copy_(fragments[name])
 
+    def state(self) -> TrainingState:
+        return state_of(self.accelerator, self._wrapped, self._optimizer)
+
     def describe(self) -> ExecutionPlan:
         kind = self.accelerator.distributed_type.value
         wrapped = isinstance(self._wrapped, nn.parallel.DistributedDataParallel)
@@ -287,6 +294,9 @@ class DeepSpeedEngine:
         self._engine.empty_partition_cache()  # ZeRO-3 keeps small parameters whole beside its part of them
         for name, part in trained_parts(self.module).items():
             part.copy_(fragments[name])
+
+    def state(self) -> TrainingState:
+        return state_of(self.accelerator, self._engine, self._optimizer)
 
     def describe(self) -> ExecutionPlan:
         live = self._engine

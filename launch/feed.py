@@ -17,6 +17,8 @@ class Micro(NamedTuple):
     batch: Batch
     weight: float
     """0 for a dummy, which only keeps this rank's collectives in step."""
+    rows: Indices
+    """Which rows of the data they are; none for a dummy."""
 
 
 class Feed:
@@ -71,5 +73,5 @@ class Feed:
             batch = collate(self._rows, part.rows, self._pad_token_id, causal=self._causal, varlen=self._varlen)
             if self._plan.device == "cuda":
                 batch = batch.map(torch.Tensor.pin_memory)
-            found.append(Micro(batch, 0.0 if part.dummy else 1.0))
+            found.append(Micro(batch, 0.0, part.rows[:0]) if part.dummy else Micro(batch, 1.0, part.rows))
         return found

@@ -91,6 +91,8 @@ class OptimSpec(Section):
     sample_max_new_tokens: int = Field(64, ge=1)
     """The longest continuation of a sample."""
     log_every: int = Field(1, ge=1)
+    log_samples: bool = False
+    """For debugging: each rank writes down which rows it trained on, step by step, in `samples.jsonl`."""
     early_stopping: EarlyStopping | None = None
     keep_best: bool = False
     """Hand back the weights of the best evaluation instead of the last step's: by `early_stopping.metric`, or by the

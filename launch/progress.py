@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.contract import ProgressLine
+from launch.contract import CheckpointNote, ProgressLine
 
 
 class Progress:
@@ -69,8 +70,24 @@ class Progress:
             ProgressLine(time=time.time(), phase="evaluate", step=step, steps=steps, samples=samples, metrics=metrics)
         )
 
+    def checkpoint(self, note: CheckpointNote) -> None:
+        """What became of a checkpoint."""
+        phase = "load" if note.outcome in ("resumed", "quarantined") else "save"
+        self.write(ProgressLine(time=time.time(), phase=phase, step=note.step, checkpoint=note))
+
     def samples_per_s(self, samples: int) -> float:
         """Mean since start_training, evaluation and saving included; 0 before it."""
         if self._started is None:
             return 0.0
         return (samples - self._samples_before) / max(time.monotonic() - self._started, 1e-9)
+
+
+class SampleLog:
+    """Which rows of the training data a rank trained on, a line a step: `{"step": 3, "rows": [17, 4]}`."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="ascii")
+
+    def write(self, step: int, rows: list[int]) -> None:
+        self._file.write(json.dumps({"step": step, "rows": rows}) + "\n")
+        self._file.flush()

@@ -1,4 +1,4 @@
-"""What the ranks tell each other about a step: the sum of their losses, and whether one of them wishes to stop."""
+"""What the ranks tell each other about a step: the sum of their losses, and what one of them wishes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,23 @@ class Step(NamedTuple):
     """What its loss is a mean over."""
 
 
+class Wishes(NamedTuple):
+    """What a rank would have happen after a step; of all ranks together, what any of them wishes."""
+
+    stop: bool = False
+    """Somebody asked the attempt to stop."""
+    save: bool = False
+    """It is time to save, by rank 0's clock."""
+    give_up: bool = False
+    """A save has failed in a way that ends the training."""
+
+
 class Heard(NamedTuple):
     """What all ranks together say of a step; the same on every rank."""
 
     step: Step
     loss: float
-    stop: bool
+    wishes: Wishes
 
 
 class Tally:
@@ -38,10 +49,11 @@ class Tally:
         self._device = device
         self._pending: tuple[Step, torch.Tensor, torch.cuda.Event | None] | None = None
 
-    def tell(self, step: Step, loss_sum: torch.Tensor, *, stop: bool) -> Heard | None:
+    def tell(self, step: Step, loss_sum: torch.Tensor, wishes: Wishes) -> Heard | None:
         """Tell of `step`, and hear of it; with `late`, of the one before, and None if there is none."""
         before = self.rest()
-        values = torch.stack([loss_sum, torch.tensor(float(stop), dtype=torch.float64, device=self._device)])
+        told = torch.tensor(wishes, dtype=torch.float64, device=self._device)
+        values = torch.cat([loss_sum.reshape(1), told])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(values)
         event = None
@@ -60,5 +72,9 @@ class Tally:
         self._pending = None
         if event is not None:
             event.synchronize()
-        loss_sum, wishes = values.tolist()
-        return Heard(step, loss_sum / step.terms, wishes > 0)
+        loss_sum, *wishes = values.tolist()
+        return Heard(step, loss_sum / step.terms, Wishes(*(wish > 0 for wish in wishes)))
+
+
+def either(first: Wishes, second: Wishes) -> Wishes:
+    return Wishes(*(a or b for a, b in zip(first, second, strict=True)))

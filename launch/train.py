@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from launch.best import Best
-from launch.checkpoint import same_topology as checkpoint
 from launch.config import TrainSpec
 from launch.contract import AttemptFiles, ExitCode, RankResult, RunContract, TrainSummary
 from launch.data import Batch, Corpus, Rows, load_corpus, sampler_for
@@ -24,13 +23,14 @@ from launch.losses import loss_terms, weights_of_classes
 from launch.metrics import EarlyStop, Evaluation, evaluate
 from launch.model import build_model, load_tokenizer
 from launch.objective import Objective, objective_of
-from launch.progress import Progress
+from launch.progress import Progress, SampleLog
 from launch.report import ClassReport, class_report
 from launch.sampler import micro_steps
 from launch.samples import continued
+from launch.saving import LoopState, Saving
 from launch.schedule import rate_at
 from launch.stop import StopWish
-from launch.tally import Heard, Step, Tally
+from launch.tally import Heard, Step, Tally, Wishes, either
 from launch.tracking import start_trackers
 from launch.witness import begin_record, check_data
 
@@ -67,16 +67,23 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     engine = build_engine(accelerator, model, plan, spec.train)
     fingerprint = agreed_fingerprint(engine, corpus.train)
     check_data(contract, corpus)
-    loop = Loop(contract, spec, engine, objective, corpus, fingerprint, int(tokenizer.pad_token_id), progress, stop)
-    loop.resume(Path(contract.checkpoint_dir))
+    saving = Saving(contract, engine, tokenizer, progress)
+    pad_token_id = int(tokenizer.pad_token_id)
+    seen = SampleLog(files.samples(rank)) if spec.train.log_samples else None
+    loop = Loop(contract, spec, engine, objective, corpus, fingerprint, pad_token_id, progress, stop, saving, seen)
+    loop.resume()
     share.pin()
-    record = begin_record(contract, engine, corpus, loop.step)
+    record = begin_record(contract, engine, corpus, loop.step, saving.attempt)
     if spec.trackers:
         folder = Path(contract.tracker_dir)
         progress.follow = start_trackers(accelerator, spec, contract.job_id, folder, loop.step)
-    stopped = loop.run()
+    try:
+        stopped = loop.run()
+    except Exception:
+        saving.let_finish()
+        raise
     if stopped:
-        loop.save()
+        loop.save(wait=True)
         return ExitCode.STOPPED, loop.result(None, None)
 
     step = loop.take_best()
@@ -85,6 +92,7 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     progress.phase("export", loop.step, loop.steps, loop.consumed)
     outcome = Outcome(step, metrics, classes, tuple(samples), corpus.dropped, tuple(progress.curve))
     export(engine, tokenizer, spec, corpus.labels, outcome, record, Path(contract.output_dir))
+    saving.finish()
     for tracker in accelerator.trackers:
         tracker.finish()
     progress.phase("done", loop.step, loop.steps, loop.consumed)
@@ -111,6 +119,8 @@ class Loop:
         pad_token_id: int,
         progress: Progress,
         stop: StopWish,
+        saving: Saving,
+        seen: SampleLog | None = None,
     ) -> None:
         self.plan, self.spec, self.optim, self.task = contract.plan, spec, spec.train, spec.model.task
         self.engine, self.objective, self.corpus, self.pad_token_id = engine, objective, corpus, pad_token_id
@@ -128,7 +138,7 @@ class Loop:
             varlen=spec.data.packing and engine.module.config._attn_implementation == "flash_attention_2",
             ahead=self.plan.device == "cuda",
         )
-        self.fingerprint, self.checkpoint_dir = fingerprint, Path(contract.checkpoint_dir)
+        self.fingerprint, self.saving, self.seen = fingerprint, saving, seen
         early = self.optim.early_stopping
         self.early_stop = EarlyStop(early.metric, early.patience, early.min_delta) if early else None
         self.best = Best(engine, early.metric if early else "loss") if self.optim.keep_best else None
@@ -136,7 +146,7 @@ class Loop:
         # A host that waits for each step's loss leaves a GPU idle between steps. It is read a step later, unless the
         # loss decides whether the step is taken.
         self.tally = Tally(self.device, late=self.plan.device == "cuda" and self.optim.on_nonfinite == "stop")
-        self.saved_at = 0
+        self.measured: tuple[int, dict[str, float]] | None = None  # the last evaluation, and of which step
         self.steps = self.optim.max_steps or sampler.steps_for(self.optim.epochs or 1)
         self.step = 0
         self.consumed = 0
@@ -174,26 +184,26 @@ class Loop:
         self.engine.module.train()
         self.progress.start_training(self.step, self.consumed)
         while self.step < self.steps:
-            stop_agreed = self.train_step()
+            wishes = self.train_step()
             evaluates = held_out is not None and self.is_time_to_evaluate()
-            if stop_agreed or evaluates or self.is_time_to_save() or self.step == self.steps:
-                stop_agreed |= self.settle()
-            if stop_agreed and self.step < self.steps:
+            saves = self.saving.is_due(self.step)
+            if any(wishes) or evaluates or saves or self.step == self.steps:
+                wishes = either(wishes, self.settle())
+            if wishes.give_up:
+                self.saving.finish()
+            if wishes.stop and self.step < self.steps:
                 return True
             if held_out is not None and evaluates:
                 metrics = self.evaluated(held_out).metrics
+                self.measured = (self.step, metrics)
                 if self.best is not None:
                     self.best.sees(metrics, self.step)
                 if self.early_stop is not None and self.early_stop.sees(metrics):
                     self.stopped_early = True
                     break
-            if self.is_time_to_save():
+            if saves or wishes.save:
                 self.save()
         return False
-
-    def is_time_to_save(self) -> bool:
-        every = self.spec.checkpoint.every_steps
-        return every is not None and self.step % every == 0
 
     def is_time_to_evaluate(self) -> bool:
         """Every so many steps; the last step's weights, too, may be the best."""
@@ -207,75 +217,74 @@ class Loop:
         self.best.restore()
         return self.best.state.step
 
-    def resume(self, directory: Path) -> None:
-        """Go on from the newest checkpoint that fits, if the job has checkpoints."""
-        if self.spec.checkpoint.every_steps is None:
+    def resume(self) -> None:
+        """Begin the attempt: go on from the newest good checkpoint, if the job has one."""
+        self.progress.phase("load")
+        found = self.saving.resume(self.fingerprint, self.best)
+        if found is None:
             return
-        state = checkpoint.resume(self.engine, self.plan, self.fingerprint, self.best, directory)
-        if state is not None:
-            self.step = self.saved_at = state.step
-            self.consumed, self.losses, self.skipped = state.consumed, list(state.losses), state.skipped
-            self.progress.curve.extend(state.curve)
-            if self.early_stop is not None and state.early_stop is not None:
-                self.early_stop.state = state.early_stop
+        manifest, state = found
+        self.step, self.consumed = manifest.step, manifest.samples
+        self.losses, self.skipped = list(state.losses), state.skipped
+        self.progress.curve.extend(state.curve)
+        if self.early_stop is not None and state.early_stop is not None:
+            self.early_stop.state = state.early_stop
+        if manifest.plan.world_size != self.plan.world_size:
+            # The ranks' own random numbers are those of other ranks; the first ones again would repeat their masks.
+            seed_all(self.optim.seed + self.step, self.rank)
 
-    def save(self) -> None:
-        """Save a checkpoint, if the job has them and this step is not saved yet."""
-        if self.spec.checkpoint.every_steps is None or self.saved_at == self.step:
-            return
-        self.progress.phase("save", self.step, self.steps, self.consumed)
-        state = checkpoint.LoopState(
-            engine=self.plan.engine,
-            world_size=self.plan.world_size,
+    def save(self, *, wait: bool = False) -> None:
+        """Save a checkpoint of this step, if there is none; with `wait`, return when it is known what became of it."""
+        state = LoopState(
             fingerprint=self.fingerprint,
-            step=self.step,
-            consumed=self.consumed,
             losses=tuple(self.losses),
             early_stop=self.early_stop.state if self.early_stop is not None else None,
             curve=tuple(self.progress.curve),
             skipped=self.skipped,
             best=self.best.state if self.best is not None else None,
         )
-        checkpoint.save(self.engine, state, self.best, self.checkpoint_dir, self.spec.checkpoint.keep_last)
-        self.saved_at = self.step
+        metrics = self.measured[1] if self.measured is not None and self.measured[0] == self.step else None
+        self.saving.save(self.step, self.consumed, state, metrics, self.best, wait=wait)
 
-    def train_step(self) -> bool:
-        """One optimizer step on the next global batch; returns whether the ranks have agreed to stop.
+    def train_step(self) -> Wishes:
+        """One optimizer step on the next global batch; returns what the ranks have agreed on.
 
         They agree by the one small all-reduce that also carries the loss.
         """
+        self.saving.tell()
         batch = self.feed.chosen(self.consumed)
         rate = rate_at(self.optim, self.step, self.steps)
         terms = loss_terms(self.corpus.train, batch, self.task, self.class_weights)
         loss_sum = self.accumulate(terms)
         self.step += 1
         self.consumed += len(batch)
-        told = self.tally.tell(Step(self.step, self.consumed, rate, terms), loss_sum, stop=self.stop.wished())
+        wishes = Wishes(self.stop.wished(), self.saving.is_due_by_time(), self.saving.has_failed())
+        told = self.tally.tell(Step(self.step, self.consumed, rate, terms), loss_sum, wishes)
         if self.tally.late:
             self.engine.step(rate)
-            return told is not None and self.take(told)
+            return self.take(told) if told is not None else Wishes()
         assert told is not None
         if math.isfinite(told.loss):
             self.engine.step(rate)
         return self.take(told)
 
-    def take(self, told: Heard) -> bool:
-        """Note what became of a step; returns whether a rank wished to stop then."""
-        step, loss, stop = told
+    def take(self, told: Heard) -> Wishes:
+        """Note what became of a step; returns what the ranks wished then."""
+        step, loss, wishes = told
         if not math.isfinite(loss):
             self.skip(step, loss)
-            return stop
+            return wishes
         self.skipped_in_a_row = 0
         self.losses.append(loss)
         self.first_step_at = self.first_step_at or time.time()
         if step.number % self.optim.log_every == 0 or step.number == self.steps:
             self.progress.step(step.number, self.steps, step.consumed, loss, step.rate, peak_bytes(self.device))
-        return stop
+        return wishes
 
-    def settle(self) -> bool:
-        """Take in what the ranks have told of a step and nobody has looked at yet; whether they agreed to stop."""
+    def settle(self) -> Wishes:
+        """Take in what the ranks have told of a step and nobody has looked at yet."""
         told = self.tally.rest()
-        return told is not None and self.take(told)
+        return self.take(told) if told is not None else Wishes()
 
     def skip(self, step: Step, loss: float) -> None:
         """Leave the step out, if the job lets us: its rows are consumed and its learning rate has passed.
@@ -299,6 +308,8 @@ class Loop:
     def accumulate(self, terms: float) -> torch.Tensor:
         """Gradient of the mean loss over the next global batch; returns the sum of this rank's losses."""
         micros = list(self.feed.step(self.consumed, self.device))
+        if self.seen is not None:
+            self.seen.write(self.step + 1, [int(row) for micro in micros for row in micro.rows])
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, micro in enumerate(micros):
             with self.engine.micro_step(last=i == len(micros) - 1):

@@ -45,7 +45,9 @@ def check_data(contract: RunContract, corpus: Corpus) -> None:
             )
 
 
-def begin_record(contract: RunContract, engine: Engine, corpus: Corpus, resumed_at: int) -> Future[RunRecord] | None:
+def begin_record(
+    contract: RunContract, engine: Engine, corpus: Corpus, resumed_at: int, attempt: int
+) -> Future[RunRecord] | None:
     """The record of this run, on rank 0; None elsewhere. All ranks call it, before the first step.
 
     The weights that it begins with are hashed while it trains: large ones take a while, and later they may be others.
@@ -77,7 +79,7 @@ def begin_record(contract: RunContract, engine: Engine, corpus: Corpus, resumed_
                     "gpus": tuple(name for _, name in ranks if name is not None),
                 }
             ),
-            attempts=contract.attempt,
+            attempts=attempt,
             resumed_at=resumed_at,
             command=shlex.join(["tuneyard", "reproduce", contract.output_dir]),
         )

@@ -11,6 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,7 +26,15 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from launch.checkpoint import random_state
 from launch.checkpoint.assets import store_assets
 from launch.checkpoint.catalogue import Catalogue
-from launch.checkpoint.manifest import CheckpointError, CheckpointId, Damaged, LogicalTensor, Manifest, Superseded
+from launch.checkpoint.manifest import (
+    CheckpointError,
+    CheckpointId,
+    Damaged,
+    LogicalTensor,
+    Manifest,
+    Superseded,
+    Unusable,
+)
 from launch.checkpoint.plans import PartsLoadPlanner, PartsSavePlanner
 from launch.checkpoint.retention import Retention, superfluous
 from launch.checkpoint.shards import ShardReader, ShardWriter, Written
@@ -112,7 +121,8 @@ class Checkpoints:
 
         Raises:
             Superseded: a higher attempt has begun.
-            CheckpointError: every checkpoint is damaged, one does not fit this training, or the store fails.
+            Unusable: every checkpoint is damaged, or the newest good one does not fit this training.
+            CheckpointError: the store fails.
         """
         lineage = self._by_main(self._begin)
         for found in lineage:
@@ -125,7 +135,7 @@ class Checkpoints:
                 )
                 return loaded
         if lineage:
-            raise CheckpointError(
+            raise Unusable(
                 f"each of the {len(lineage)} checkpoints of this job is damaged, the newest {lineage[0]}",
                 code="no-good-checkpoint",
                 hint=f"`tuneyard checkpoint verify {self._storage.url}` says how; to start from scratch, use a new job",
@@ -197,10 +207,17 @@ class Checkpoints:
             kind = Superseded if note.code == Superseded.code else CheckpointError
             raise kind(note.message or "", code=note.code, hint=note.hint)
 
+    def let_finish(self, seconds: float) -> None:
+        """Wait for the last save, but no longer, and without a word if it fails: something else has gone wrong."""
+        if self._pending is not None:
+            futures.wait([self._pending], timeout=seconds)
+
     def failed(self) -> bool:
         """Whether the last save has ended in a way that ends the training; the ranks must agree on it to call
         `finish`."""
         if self._pending is None or not self._pending.done():
+            return False
+        if self._pending.exception() is not None:  # a peer has died, or a bug: `finish` raises it
             return False
         note = self._pending.result()
         return note.outcome == "failed" and (self._policy.stop_on_error or note.code == Superseded.code)
@@ -362,14 +379,11 @@ class Checkpoints:
                 planner=PartsLoadPlanner(parts + random_state.parts_of(self._rank, random)),
                 process_group=self._group,
             )
-        except Damaged:
-            self._by_main(lambda: self._set_aside(found, problem.message))
-            return None
-        except CheckpointException as problem:
-            cause = _first_failure(problem)
+        except (Damaged, CheckpointException) as problem:
+            cause = _first_failure(problem) if isinstance(problem, CheckpointException) else problem
             if not isinstance(cause, Damaged):
                 raise cause from problem
-            self._by_main(lambda: self._set_aside(found, cause.message))
+            self._by_main(functools.partial(self._set_aside, found, cause.message))
             return None
         self._state.loaded()
         if best:
@@ -417,17 +431,17 @@ class Checkpoints:
 
 
 def check_fits(manifest: Manifest, tensors: Mapping[str, LogicalTensor]) -> None:
-    """Raises CheckpointError if `manifest` is not of the training that has `tensors`."""
+    """Raises Unusable if `manifest` is not of the training that has `tensors`."""
     for name, tensor in tensors.items():
         saved = manifest.tensors.get(name)
         if saved is None:
-            raise CheckpointError(
+            raise Unusable(
                 f"{manifest.id} has no {name}",
                 code="checkpoint-differs",
                 hint="were the model, the adapter or the optimizer changed? then begin a new job",
             )
         if saved.shape != tensor.shape:
-            raise CheckpointError(
+            raise Unusable(
                 f"{name} has the shape {list(saved.shape)} in {manifest.id}, and {list(tensor.shape)} here",
                 code="checkpoint-differs",
                 hint="were the model, the adapter or the labels changed? then begin a new job",

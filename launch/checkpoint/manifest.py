@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import xxhash
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from launch.contract import ExecutionPlan, Record
 from launch.errors import TuneyardError
@@ -48,6 +48,12 @@ class Damaged(CheckpointError):
     """The bytes are not those that were committed."""
 
     code = "checkpoint-damaged"
+
+
+class Unusable(CheckpointError):
+    """What there is cannot be gone on from, however often one tries."""
+
+    code = "checkpoint-unusable"
 
 
 class Superseded(CheckpointError):
@@ -111,6 +117,8 @@ class Shard(Record):
 
 class Manifest(Record):
     """A checkpoint, whole; what it says of the loop is the loop's own."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")  # a metric may be no number
 
     format: int = FORMAT
     id: str

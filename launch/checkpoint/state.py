@@ -189,7 +189,14 @@ class ZeroState:
         return flats
 
     def _materialise(self) -> None:
-        materialise(self._zero.optimizer, self._flats())
+        zero = self._zero
+        if self._stage < 3:
+            materialise(zero.optimizer)
+            return
+        groups: list[list[torch.Tensor]] = [[] for _ in zero.optimizer.param_groups]
+        for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            groups[zero.sub_group_to_group_id[index]].append(flat)
+        materialise(zero.optimizer, groups)
 
     def _keys(self) -> list[str]:
         self._materialise()
@@ -198,7 +205,9 @@ class ZeroState:
     def _held(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the optimizer keeps of every element of `flat`."""
         state = self._zero.optimizer.state[flat]
-        return {key: value for key, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape}
+        held = {key: value for key, value in state.items() if torch.is_tensor(value) and value.dim() > 0}
+        assert all(value.shape == flat.shape for value in held.values()), f"{list(held)} are not by element"
+        return held
 
     def _addresses(self) -> Iterator[tuple[str, int, torch.Tensor, int, int]]:
         """Of every parameter of which this rank has a part: its name, where in it the part begins, the flat tensor
@@ -225,6 +234,19 @@ class ZeroState:
         return start, min(size, int(parameter.ds_numel) - start)
 
 
+def state_of(accelerator: Any, model: Any, optimizer: Any) -> TrainingState:
+    """The state of what `accelerator.prepare` returned."""
+    if accelerator.distributed_type.value == "DEEPSPEED":
+        return ZeroState(model.module, model)
+    return PlainState(
+        accelerator.unwrap_model(model),
+        optimizer.optimizer,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.scaler,
+    )
+
+
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
 
@@ -243,31 +265,33 @@ def buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def materialise(optimizer: torch.optim.Optimizer, flats: list[torch.Tensor] | None = None) -> None:
+def materialise(optimizer: torch.optim.Optimizer, groups: list[list[torch.Tensor]] | None = None) -> None:
     """Let the optimizer make the state that it makes at its first step, without a step.
 
     An optimizer that has taken a step has it; before, its own step is the one thing that knows what to make. With a
-    zero gradient and no learning rate nothing else comes of it.
+    zero gradient and no learning rate nothing else comes of it. `groups` are the tensors of its parameter groups, where
+    they are put there for a step alone.
     """
-    given = [p for group in optimizer.param_groups for p in group["params"]] if flats is None else flats
-    without = [parameter for parameter in given if parameter.requires_grad and not optimizer.state[parameter]]
-    if not without:
+    given = groups if groups is not None else [group["params"] for group in optimizer.param_groups]
+    everything = [tensor for group in given for tensor in group if tensor.requires_grad]
+    missing = {id(tensor) for tensor in everything if not optimizer.state[tensor]}
+    if not missing:
         return
-    gradients = {id(parameter): parameter.grad for parameter in given}
-    rates = [group["lr"] for group in optimizer.param_groups]
-    missing = {id(parameter) for parameter in without}
-    for parameter in given:
-        parameter.grad = torch.zeros_like(parameter) if id(parameter) in missing else None
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
+    gradients = [tensor.grad for tensor in everything]
+    before = [(group["params"], group["lr"]) for group in optimizer.param_groups]
+    for tensor in everything:
+        tensor.grad = torch.zeros_like(tensor) if id(tensor) in missing else None
+    for group, tensors in zip(optimizer.param_groups, given, strict=True):
+        group["params"], group["lr"] = tensors, 0.0
     optimizer.step()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for parameter in given:
-        parameter.grad = gradients[id(parameter)]
-    for parameter in without:
-        if "step" in optimizer.state[parameter]:
-            _set_step(optimizer.state[parameter], 0)
+    for group, (tensors, rate) in zip(optimizer.param_groups, before, strict=True):
+        group["params"], group["lr"] = tensors, rate
+    for tensor, gradient in zip(everything, gradients, strict=True):
+        tensor.grad = gradient
+    for tensor in everything:
+        assert optimizer.state[tensor], f"{type(optimizer).__name__} keeps nothing of a tensor it was given"
+        if id(tensor) in missing and "step" in optimizer.state[tensor]:
+            _set_step(optimizer.state[tensor], 0)
 
 
 def steps_taken(optimizer: torch.optim.Optimizer) -> float:

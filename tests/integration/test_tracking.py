@@ -27,7 +27,11 @@ def test_one_run_over_two_attempts(tmp_path: Path) -> None:
     ).model_copy(update={"checkpoint": CheckpointSpec(every_steps=4)})
     plan = a_plan(spec, "ddp", 2, 8)
     environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    shared = {"checkpoint_dir": str(tmp_path / "job" / "checkpoints"), "job_id": "tracked-1"}
+    shared = {
+        "checkpoint_dir": str(tmp_path / "job" / "checkpoints"),
+        "tracker_dir": str(tmp_path / "job" / "trackers"),
+        "job_id": "tracked-1",
+    }
     lines: list[ProgressLine] = []
     for number, mutant in ((1, "crash-at-6"), (2, None)):
         contract = a_contract(tmp_path / f"attempt-{number}", plan, spec, attempt=number, **shared)

@@ -192,15 +192,18 @@ def test_a_stopped_job_goes_on_where_it_was(world: Path, tmp_path: Path, engine:
     ended = first.wait()
     assert ended[0].code == ExitCode.CRASH, first.logs()
     saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert saved == ["step-2", "step-4"]
-    (tmp_path / "checkpoints" / "step-99").mkdir()  # without a marker: torn
-    second = start(a_contract(tmp_path / "second", plan, kept, **shared))
+    assert saved == ["assets", "claims", "step-2.attempt-1", "step-4.attempt-1"]
+    torn = tmp_path / "checkpoints" / "step-99.attempt-1"  # without a marker
+    torn.mkdir()
+    (torn / "rank-0.safetensors").write_bytes(b"half")
+    second = start(a_contract(tmp_path / "second", plan, kept, attempt=2, **shared))
     ended = second.wait()
     assert ended[0].code == ExitCode.DONE, second.logs()
-    np.testing.assert_allclose(losses(ended), whole, rtol=0, atol=1e-6)
+    assert losses(ended) == whole
     lines = [ProgressLine.model_validate_json(line) for line in second.files.progress(0).open()]
     assert [line.step for line in lines if line.phase == "train"] == list(range(5, 13))
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-10", "step-12", "step-99"]
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert saved == ["step-10.attempt-2", "step-12.attempt-2"]
 
 
 def test_two_nodes_of_different_size_train_as_one(world: Path, tmp_path: Path) -> None:
