@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from launch.data_spec import DataSpec, SplitSpec
 from launch.document import Document
@@ -114,6 +114,25 @@ class CheckpointSpec(Section):
     on_error: Literal["continue", "stop"] = "continue"
     """What a save that fails does to the training, for example on a full disk: go on with the checkpoints that there
     are, or stop."""
+
+    @field_validator("directory")
+    @classmethod
+    def _no_secrets(cls, directory: str | None) -> str | None:
+        # `s3://KEY:SECRET@bucket`, or a piece of it where the secret has a slash; a port is no secret.
+        host = (directory or "").partition("://")[2].partition("/")[0]
+        if "@" in host or not re.fullmatch(r"[^:]*(:\d+)?", host):
+            raise Refused(
+                "the URL of `checkpoint.directory` has credentials in it, and a job file is stored",
+                code="secret-by-value",
+                hint="leave them out, and give them by `env`: {AWS_SECRET_ACCESS_KEY: {from_env: AWS_SECRET_ACCESS_KEY}}",
+            )
+        return directory
+
+    def resolved(self, base: Path) -> CheckpointSpec:
+        """With `directory` absolute against `base`, unless it is the URL of a store elsewhere."""
+        if self.directory is None or ("://" in self.directory and not self.directory.startswith("file://")):
+            return self
+        return self.model_copy(update={"directory": str(local_path(base, self.directory.removeprefix("file://")))})
 
 
 class EngineChoice(Section):
@@ -270,10 +289,9 @@ def resolve_paths(spec: TrainSpec, base: Path) -> TrainSpec:
         data = data.model_copy(update={"chat_template": str(local_path(base, data.chat_template))})
     model = spec.model.model_copy(update={"name_or_path": absolute(spec.model.name_or_path)})
     output = None if spec.output_dir is None else str(local_path(base, spec.output_dir))
-    checkpoint = spec.checkpoint
-    if checkpoint.directory is not None and "://" not in checkpoint.directory:
-        checkpoint = checkpoint.model_copy(update={"directory": str(local_path(base, checkpoint.directory))})
-    return spec.model_copy(update={"data": data, "model": model, "output_dir": output, "checkpoint": checkpoint})
+    return spec.model_copy(
+        update={"data": data, "model": model, "output_dir": output, "checkpoint": spec.checkpoint.resolved(base)}
+    )
 
 
 def load_train_spec(document: Document) -> TrainSpec:

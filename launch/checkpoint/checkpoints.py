@@ -124,7 +124,7 @@ class Checkpoints:
             Unusable: every checkpoint is damaged, or the newest good one does not fit this training.
             CheckpointError: the store fails.
         """
-        lineage = self._by_main(self._begin)
+        self.attempt, lineage = self._by_main(self._begin)
         for found in lineage:
             loaded = self._load(found, accept)
             if loaded is not None:
@@ -351,11 +351,10 @@ class Checkpoints:
                 self._values[found] = metrics.get(metric, float("nan"))
         self._values = {found: value for found, value in self._values.items() if value == value}
 
-    def _begin(self) -> list[CheckpointId]:
-        if self.attempt is None:
-            self.attempt = self._catalogue.listing().begun + 1
-        self._catalogue.begin(self.attempt)
-        return list(self._catalogue.listing().lineage())
+    def _begin(self) -> tuple[int, list[CheckpointId]]:
+        attempt = self._catalogue.listing().begun + 1 if self.attempt is None else self.attempt
+        self._catalogue.begin(attempt)
+        return attempt, list(self._catalogue.listing().lineage())
 
     def _claim(self, starts_from: CheckpointId | None) -> None:
         assert self.attempt is not None
