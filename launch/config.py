@@ -124,7 +124,7 @@ class CheckpointSpec(Section):
             raise Refused(
                 "the URL of `checkpoint.directory` has credentials in it, and a job file is stored",
                 code="secret-by-value",
-                hint="leave them out, and give them by `env`: {AWS_SECRET_ACCESS_KEY: {from_env: AWS_SECRET_ACCESS_KEY}}",
+                hint="leave them out, and give each by `env`: AWS_SECRET_ACCESS_KEY: {from_env: AWS_SECRET_ACCESS_KEY}",
             )
         return directory
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from launch.contract import CheckpointNote, ProgressLine
 
+CURVE_LINES = 5000
+"""Every checkpoint holds the curve, and nobody sees more points in a picture."""
+
 
 class Progress:
     """Appends ProgressLines and derives speed and time left from the steps of this attempt."""
@@ -17,7 +20,7 @@ class Progress:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
         self.curve: list[ProgressLine] = []
-        """Lines of phases `train` and `evaluate`, for the training curve."""
+        """Lines of phases `train` and `evaluate`, for the training curve; of a long training only some of the former."""
         self.follow: Callable[[ProgressLine], None] = lambda _line: None
         """Is given every line once it is written: the trackers."""
         self._started: float | None = None
@@ -29,6 +32,8 @@ class Progress:
         self._file.flush()
         if line.phase in ("train", "evaluate"):
             self.curve.append(line)
+            if len(self.curve) > CURVE_LINES:
+                self.curve = thinned(self.curve)
         self.follow(line)
 
     def phase(self, phase: str, step: int = 0, steps: int | None = None, samples: int = 0) -> None:
@@ -80,6 +85,12 @@ class Progress:
         if self._started is None:
             return 0.0
         return (samples - self._samples_before) / max(time.monotonic() - self._started, 1e-9)
+
+
+def thinned(curve: list[ProgressLine]) -> list[ProgressLine]:
+    """Every second line of training; evaluations and the newest line stay."""
+    last = len(curve) - 1
+    return [line for i, line in enumerate(curve) if line.phase == "evaluate" or i % 2 == 0 or i == last]
 
 
 class SampleLog:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,7 +105,38 @@ def late() -> None:
     launch.train.Feed = lambda *arguments, **options: feed(*arguments, **{**options, "ahead": True})
 
 
+def stop_at() -> None:
+    """Not a mistake: rank 0 is asked to stop so that step STOP_AT is the last."""
+    import launch.train
+
+    train_step, last = launch.train.Loop.train_step, int(os.environ["STOP_AT"])
+
+    def asked(loop: launch.train.Loop) -> launch.tally.Wishes:
+        if loop.step + 1 == last and loop.rank == 0:
+            loop.stop._signalled = True
+        return train_step(loop)
+
+    launch.train.Loop.train_step = asked
+
+
+def freeze_at() -> None:
+    """Not a mistake: rank 0 is stopped by a signal at boundary FREEZE_AT of the second save."""
+    import launch.checkpoint.checkpoints as module
+
+    seen = []
+
+    def frozen(boundary: str) -> None:
+        if boundary == os.environ["FREEZE_AT"] and int(os.environ.get("RANK", "0")) == 0:
+            seen.append(boundary)
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    module.passing = frozen
+
+
 MUTANTS = {
+    "stop-at": stop_at,
+    "freeze-at": freeze_at,
     "late": late,
     "crash-at-6": crash_at_6,
     "nan-at-3": nan_at_3,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from launch.stop import StopWish
 from launch.train import Loop, agreed_fingerprint
 
 ENV_TASK = "RESHARD"
-"""JSON: `save` (a name) or `load` (names), and `root`, where checkpoints and dumps lie by name."""
+"""JSON: `save` (a name), `load` (names) or `any_step` (a number of steps), and `root`, where checkpoints and dumps lie
+by name."""
 STEPS = 3
 
 
@@ -58,6 +60,7 @@ class World:
             contract, spec, self.engine, self.objective, self.corpus, self.fingerprint, self.pad, self.progress,
             StopWish(self.files), saving,
         )  # fmt: skip
+        self.progress.curve.clear()  # of the loop before
         loop.resume()
         self.engine.module.train()
         self.progress.start_training(loop.step, loop.consumed)
@@ -127,6 +130,37 @@ def load(world: World, root: Path, names: list[str]) -> dict[str, Any]:
     return found
 
 
+def any_step(world: World, root: Path, steps: int) -> dict[str, Any]:
+    """Train `steps` steps; then again and again, each time saved after another step, led astray, and resumed."""
+    start = world.loop(root / "any-step")
+    start.save(wait=True)
+    for _ in range(steps):
+        start.train_step()
+    whole, expected = list(start.losses), held(world.engine)
+    differing = []
+    for stop in range(1, steps):
+        # A store of its own, whose first checkpoint is that of step 0.
+        store = root / f"any-step-{stop}"
+        if world.rank == 0:
+            shutil.copytree(root / "any-step" / "step-0.attempt-1", store / "step-0.attempt-1")
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        first = world.loop(store)
+        for _ in range(stop):
+            first.train_step()
+        first.save(wait=True)
+        for _ in range(2):
+            first.train_step()
+        second = world.loop(store)
+        assert second.step == stop, (second.step, stop)
+        while second.step < steps:
+            second.train_step()
+        now = held(world.engine)
+        if second.losses != whole or any(not torch.equal(now[name], expected[name]) for name in expected):
+            differing.append(stop)
+    return {"losses": whole, "differing": differing}
+
+
 def main() -> None:
     contract = RunContract.read(Path(sys.argv[sys.argv.index("--contract") + 1]))
     rank = int(os.environ.get("RANK", "0"))
@@ -136,7 +170,10 @@ def main() -> None:
     task = json.loads(os.environ[ENV_TASK])
     world = World(contract, rank)
     root = Path(task["root"])
-    result = save(world, root, task["save"]) if "save" in task else load(world, root, task["load"])
+    if "any_step" in task:
+        result = any_step(world, root, task["any_step"])
+    else:
+        result = save(world, root, task["save"]) if "save" in task else load(world, root, task["load"])
     world.files.rank(rank).joinpath("result.json").write_text(json.dumps(result))
     os._exit(0)  # as launch does
 

@@ -8,8 +8,10 @@ higher attempt has seen that commit.
 
 from __future__ import annotations
 
+import json
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -127,7 +129,9 @@ class Catalogue:
         Raises:
             Superseded: this attempt, or a higher one, has begun already.
         """
-        if not self.storage.create(f"claims/attempt-{attempt}.begun", b"{}"):
+        # With a name of its own, so that two processes of one attempt are told apart.
+        beginner = json.dumps({"process": uuid.uuid4().hex}).encode()
+        if not self.storage.create(f"claims/attempt-{attempt}.begun", beginner):
             raise Superseded(
                 f"attempt {attempt} has begun already, in another process",
                 hint="start the next attempt: its number is one more",
@@ -182,9 +186,13 @@ class Catalogue:
         Raises:
             CheckpointError: there is no such committed checkpoint.
         """
-        if found not in self.listing().committed:
-            raise no_such(found, self.listing().committed)
-        self.storage.create(f"{found}/{PINNED}", b"{}")
+        committed = self.listing().committed
+        if found in committed:
+            self.storage.create(f"{found}/{PINNED}", b"{}")
+            if self.storage.exists(f"{found}/{COMMITTED}"):  # a running job may have deleted it meanwhile
+                return
+            self.unpin(found)
+        raise no_such(found, committed)
 
     def unpin(self, found: CheckpointId) -> None:
         self.storage.delete(f"{found}/{PINNED}")
@@ -202,7 +210,7 @@ class Catalogue:
             raise CheckpointError(
                 f"{name} in {self.storage.url} is torn: which checkpoints count cannot be known",
                 code="claim-damaged",
-                hint="look at `tuneyard checkpoint ls`; delete that file to let every committed checkpoint count",
+                hint="restore that file; without it the claim before it would decide, with more or fewer of them",
             ) from problem
 
 

@@ -105,7 +105,9 @@ class Checkpoints:
         self._pending: Future[CheckpointNote] | None = None
         self._notes: list[CheckpointNote] = []
         self._buffer: HostBuffer | None = None
+        self._preparing: Future[HostBuffer] | None = None
         self._budget: int | None = None
+        self._fitting: dict[bool, bool] = {}
         self._parent: CheckpointId | None = None
         self._values: dict[CheckpointId, float] = {}
         self._assets_id: str | None = None
@@ -147,8 +149,8 @@ class Checkpoints:
         """Take the host buffer now, in the thread, instead of at the first save."""
         if self._policy.asynchronous and self._pending is None:
             layout = Layout(self._all_parts(None))
-            if self._fits(layout):
-                self._thread.submit(self._take_buffer, layout)
+            if self._fits(layout, with_best=False):
+                self._preparing = self._thread.submit(self._take_buffer, layout)
 
     def save(
         self,
@@ -171,6 +173,9 @@ class Checkpoints:
         """
         self.finish()
         begun = time.perf_counter()
+        if self._preparing is not None:
+            self._preparing.result()
+            self._preparing = None
         passing("before-copy")
         parts = self._all_parts(best)
         tensors = {part.name: logical(part.tensor) for part in parts if part.name.startswith("rng-")}
@@ -179,7 +184,7 @@ class Checkpoints:
             tensors |= {f"{BEST}/{name}": self._best_logical(name, tensor) for name, tensor in best.items()}
         draft = Draft(step, samples, loop or {}, metrics, self._state.scalars(), tensors, parts)
         layout = Layout(parts)
-        if self._policy.asynchronous and self._fits(layout):
+        if self._policy.asynchronous and self._fits(layout, with_best=bool(best)):
             buffer = self._buffer if self._buffer and self._buffer.layout == layout else self._take_buffer(layout)
             buffer.copy(parts)
             passing("copied")
@@ -238,15 +243,20 @@ class Checkpoints:
         weight = self._state.tensors()[f"weight/{name}"]
         return LogicalTensor(dtype=logical(tensor).dtype, shape=weight.shape)
 
-    def _fits(self, layout: Layout) -> bool:
-        """Whether the copies of all ranks fit into their budgets: one that does not makes all of them wait."""
+    def _fits(self, layout: Layout, *, with_best: bool) -> bool:
+        """Whether the copies of all ranks fit into their budgets: one that does not makes all of them wait.
+
+        The ranks agree once, and once more when there are best weights: nothing else changes a layout.
+        """
+        if with_best in self._fitting:
+            return self._fitting[with_best]
         if self._budget is None:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             mine = self._policy.host_memory or psutil.virtual_memory().available // 2 // local
             self._budget = min(self._everyones(mine))
-        if self._buffer is not None and self._buffer.layout == layout:
-            return True
-        return max(self._everyones(layout.size)) <= self._budget
+        fits = max(self._everyones(layout.size)) <= self._budget
+        self._fitting[with_best] = fits
+        return fits
 
     def _take_buffer(self, layout: Layout) -> HostBuffer:
         self._buffer = None  # the old one first: there is room for one

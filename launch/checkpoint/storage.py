@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 import sys
-import threading
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,8 @@ import fsspec
 
 from launch.checkpoint.manifest import CheckpointError
 
+CREATE_TRIES = 5
+
 
 class Storage(Protocol):
     """Objects under a root, by name with `/` between parts."""
@@ -27,8 +29,10 @@ class Storage(Protocol):
     url: str
 
     def create(self, name: str, data: bytes) -> bool:
-        """Create `name` with `data`, durable when this returns; False if it exists already. Of many that try at once,
-        one succeeds. Raises CheckpointError where the store does not work."""
+        """Create `name` with `data`, durable when this returns; False if it exists already with another content. Of
+        many that try at once with data of their own, one succeeds. One that tries again with the same data, since the
+        answer to its success was lost on the way, has succeeded. Raises CheckpointError where the store does not work.
+        """
 
     def write(self, name: str, blocks: Iterable[memoryview]) -> None:
         """Write what nobody else writes, durable when this returns. An object of that name is replaced.
@@ -52,7 +56,7 @@ class Storage(Protocol):
         """Delete an object, if it is there."""
 
     def delete_all(self, prefix: str) -> None:
-        """Delete everything under the directory `prefix`."""
+        """Delete everything under the directory `prefix`. Raises CheckpointError if something stays."""
 
 
 class RangeReader(Protocol):
@@ -88,15 +92,15 @@ class LocalStorage:
 
     def create(self, name: str, data: bytes) -> bool:
         path = self._path(name)
-        # Written under a name of its own and linked: the name appears with its whole content or not at all.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-        with _translated(self.url):
+        # Written under a name of its own and linked: the name appears with its whole content or not at all. Other nodes
+        # write here, too, so neither pids nor threads make a name unique.
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        with _translated(self.url, writing=True):
             self._make_parent(path)
             try:
                 _write_synced(temporary, [memoryview(data)])
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
+                if not _link(temporary, path):
+                    return path.read_bytes() == data  # NFS, too, may lose the answer to a success
             finally:
                 temporary.unlink(missing_ok=True)
             _sync(path.parent)
@@ -104,7 +108,7 @@ class LocalStorage:
 
     def write(self, name: str, blocks: Iterable[memoryview]) -> None:
         path = self._path(name)
-        with _translated(self.url):
+        with _translated(self.url, writing=True):
             self._make_parent(path)
             _write_synced(path, blocks)
             _sync(path.parent)
@@ -145,7 +149,9 @@ class LocalStorage:
                 _sync(path.parent)
 
     def delete_all(self, prefix: str) -> None:
-        shutil.rmtree(self._path(prefix), ignore_errors=True)
+        # What another process deletes meanwhile is as good as deleted here.
+        with _translated(self.url), contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self._path(prefix))
 
     def _path(self, name: str) -> Path:
         path = self.root / name
@@ -153,9 +159,14 @@ class LocalStorage:
         return path
 
     def _make_parent(self, path: Path) -> None:
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _sync(path.parent.parent)
+        missing = []
+        folder = path.parent
+        while not folder.is_dir() and folder != folder.parent:
+            missing.append(folder)
+            folder = folder.parent
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            _sync(made.parent)
 
 
 class _Descriptor:
@@ -183,16 +194,18 @@ class ObjectStorage:
         self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
 
     def create(self, name: str, data: bytes) -> bool:
-        with _translated(self.url, writing=True):
-            try:
-                self._fs.pipe_file(self._path(name), data, mode="create")
-            except FileExistsError:
-                return False
-            except OSError as problem:
-                if _precondition_failed(problem):
-                    return False
-                raise
-        return True
+        for _ in range(CREATE_TRIES):
+            with _translated(self.url, writing=True):
+                try:
+                    self._fs.pipe_file(self._path(name), data, mode="create")
+                    return True
+                except OSError as problem:
+                    if not isinstance(problem, FileExistsError) and not _precondition_failed(problem):
+                        raise
+            # The client may have tried again by itself, after the answer to a success was lost.
+            with contextlib.suppress(FileNotFoundError):  # it was another one's, and is gone again
+                return self.read(name) == data
+        raise _failed(self.url, OSError(f"{name} comes and goes while it is being created"))
 
     def write(self, name: str, blocks: Iterable[memoryview]) -> None:
         with _translated(self.url, writing=True):
@@ -201,10 +214,11 @@ class ObjectStorage:
             try:
                 for block in blocks:
                     stream.write(block)
+                stream.close()
             except BaseException:
                 stream.discard()
+                stream.closed = True  # or it would try to once more when it is collected
                 raise
-            stream.close()
 
     def read(self, name: str) -> bytes:
         with _translated(self.url):
@@ -224,7 +238,8 @@ class ObjectStorage:
                 found = self._fs.find(top)
             except FileNotFoundError:
                 return []
-        return sorted(name.removeprefix(self._root).lstrip("/") for name in found)
+        # Consoles make objects that stand for directories; they have no name of their own.
+        return sorted(name.removeprefix(f"{self._root}/") for name in found if not name.endswith("/"))
 
     def exists(self, name: str) -> bool:
         with _translated(self.url):
@@ -259,7 +274,7 @@ class _ObjectRanges:
 
 
 def _precondition_failed(problem: OSError) -> bool:
-    """Whether a store refused an exclusive creation: botocore's error is the cause that fsspec keeps."""
+    """Whether a store refused an exclusive creation, or was creating another's: the cause is botocore's error."""
     response = getattr(problem.__cause__, "response", None)
     code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
     return code in ("PreconditionFailed", "ConditionalRequestConflict")
@@ -275,6 +290,24 @@ def _write_synced(path: Path, blocks: Iterable[memoryview]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Give the file another name; False if that is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as problem:
+        if problem.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        raise CheckpointError(
+            f"the file system of {path.parent} has no hard links, by which a checkpoint is committed",
+            code="storage-unsupported",
+            field="checkpoint.directory",
+            hint="choose a directory on another file system, or an object store",
+        ) from problem
+    return True
 
 
 def _sync(directory: Path) -> None:
@@ -293,8 +326,6 @@ def _translated(url: str, *, writing: bool = False) -> Iterator[None]:
     """What goes wrong in a store, as a CheckpointError. Whether what is read is there stays Python's own to say."""
     try:
         yield
-    except FileExistsError:
-        raise
     except FileNotFoundError as problem:
         if not writing:
             raise
@@ -308,15 +339,21 @@ def _translated(url: str, *, writing: bool = False) -> Iterator[None]:
                 hint="free space, lower checkpoint.keep_last, or `tuneyard checkpoint prune`",
             ) from problem
         if isinstance(problem, PermissionError) or problem.errno == errno.EROFS:
-            raise CheckpointError(
-                f"the storage of the checkpoints refuses access: {url}: {problem}",
-                code="storage-denied",
-                field="checkpoint.directory",
-                hint="check permissions and credentials on every node",
-            ) from problem
+            raise _denied(url, problem) from problem
         raise _failed(url, problem) from problem
     except _client_errors() as problem:
+        if "Credential" in type(problem).__name__:  # none, half of them, or expired ones
+            raise _denied(url, problem) from problem
         raise _failed(url, problem) from problem
+
+
+def _denied(url: str, problem: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the storage of the checkpoints refuses access: {url}: {problem}",
+        code="storage-denied",
+        field="checkpoint.directory",
+        hint="check permissions and credentials on every node",
+    )
 
 
 def _failed(url: str, problem: Exception) -> CheckpointError:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,23 +44,26 @@ class Yard:
 
 
 @pytest.fixture(scope="module")
-def yard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
+def yard(tmp_path_factory: pytest.TempPathFactory) -> Yard:
     root = tmp_path_factory.mktemp("reshard")
     write_bert(root / "bert", hidden=96)
     write_messages(root / "messages.tsv", rows=147)
     spec = a_spec(
         root / "bert", root / "messages.tsv", data={"split": None}, train={"max_steps": 40, "max_grad_norm": 0.5}
     )
-    yield Yard(spec, root)
+    return Yard(spec, root)
+
+
+SLOW = [pytest.mark.reshard, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize(
     ("savers", "loaders"),
     [
         pytest.param(*QUARTER, id="quarter", marks=pytest.mark.timeout(600)),
-        pytest.param(*EVERYTHING, id="everything", marks=[pytest.mark.reshard, pytest.mark.slow, pytest.mark.timeout(900)]),
+        pytest.param(*EVERYTHING, id="everything", marks=SLOW),
     ],
-)  # fmt: skip
+)
 def test_any_layout_loads_any_other(yard: Yard, savers: list[str], loaders: list[str]) -> None:
     saved = {}
     for layout in savers:
@@ -79,3 +81,14 @@ def test_any_layout_loads_any_other(yard: Yard, savers: list[str], loaders: list
             assert found["tensors"] > 50, pair
             assert found["differing"] == [], pair
             assert found["next"] == pytest.approx(saved[saver], abs=1e-6), pair
+
+
+@pytest.mark.parametrize("layout", ["single", "ddp-2", "zero2-2", "zero3-2"])
+def test_any_step_is_as_good_as_any_other(yard: Yard, layout: str) -> None:
+    """With dropout, in mid-epoch and across an epoch's end: bitwise what it would have been without the interruption."""
+    dropping = yard.spec.model.model_copy(update={"dropout": 0.2})
+    spec = yard.spec.model_copy(update={"model": dropping})
+    ranks = Yard(spec, yard.root).run(layout, "any", root=str(yard.root / layout), any_step=14)
+    for rank in ranks:
+        assert rank["differing"] == []
+        assert len(rank["losses"]) == 14

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hypothesis import Phase, settings
@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from launch.attempt import ExitCode
-from launch.contract import ProgressLine, RankExit, RunContract, StopRequest
+from launch.contract import CheckpointNote, ProgressLine, RankExit, RunContract, StopRequest
 from orchestrator.cluster.model import Node, Placement, Snapshot
 from orchestrator.cluster.status import AttemptStatus, NodeReport
 from orchestrator.control.loop import Controller
 from orchestrator.errors import ConflictError, ExecutorError
-from orchestrator.job.lifecycle import AttemptState, JobState
+from orchestrator.job.lifecycle import AttemptState, JobState, ReasonCode
 from orchestrator.settings import Settings
 from orchestrator.store.store import Store
 from tests.builders import a_command_job, a_node
@@ -32,6 +32,7 @@ class Gang:
     begun: bool = False
     stop: StopRequest | None = None
     exits: dict[int, RankExit] = field(default_factory=dict)
+    told: list[ProgressLine] = field(default_factory=list)
 
     @property
     def ended(self) -> bool:
@@ -60,10 +61,10 @@ class World:
             raise ExecutorError("it did not start")
         self.gangs.setdefault(contract.run_id, Gang(contract))
 
-    def poll(self, contracts: Sequence[RunContract]) -> dict[str, AttemptStatus]:
-        return {contract.run_id: self._status(contract) for contract in contracts}
+    def poll(self, contracts: Sequence[RunContract], offsets: Mapping[str, int]) -> dict[str, AttemptStatus]:
+        return {contract.run_id: self._status(contract, offsets[contract.run_id]) for contract in contracts}
 
-    def _status(self, contract: RunContract) -> AttemptStatus:
+    def _status(self, contract: RunContract, offset: int) -> AttemptStatus:
         gang = self.gangs.get(contract.run_id)
         reports = []
         for index, share in enumerate(contract.nodes):
@@ -78,6 +79,9 @@ class World:
                     ended=gang is not None and reachable and len(exits) == share.processes,
                     exits=exits if reachable else (),
                     progress=ProgressLine(time=self.now, phase="train", step=1) if gang and gang.begun else None,
+                    # One a look, and a line is a byte: how often one tells what, rank 0's node decides.
+                    news=tuple(gang.told[offset : offset + 1]) if gang and index == 0 and reachable else (),
+                    offset=min(offset + 1, len(gang.told)) if gang and index == 0 and reachable else offset,
                 )
             )
         return AttemptStatus(reports=tuple(reports))
@@ -111,6 +115,9 @@ class AnythingGoes(RuleBasedStateMachine):
         """Left alone with all nodes back and every rank ending well, every job comes to an end."""
         self.world.up = {node.id for node in NODES}
         self.world.starts_fail = False
+        for job in self.store.jobs(live=True):
+            if job.pause_requested and not job.cancel_requested:
+                self.store.request_resume(job.id, self.world.now)
         for _ in range(400):
             self.controller.tick()
             for gang in self.world.gangs.values():
@@ -121,6 +128,15 @@ class AnythingGoes(RuleBasedStateMachine):
             if not self.store.jobs(live=True):
                 break
         assert [(job.id, job.state, job.reason.sentence) for job in self.store.jobs(live=True)] == []
+        # With all nodes back, all that was ever told on them was heard, once and in order.
+        for name, gang in self.world.gangs.items():
+            job, _, number = name.rpartition(".")
+            events = [event for event in self.store.events(job) if event.attempt == int(number)]
+            heard = [event.data["step"] for event in events if event.kind == "checkpoint-committed"]
+            assert heard == list(range(len(heard)))
+            outcome = next(row.outcome for row in self.store.attempts(job) if row.number == int(number))
+            if outcome != "node-lost":
+                assert len(heard) == len(gang.told)
         self.store.close()
 
     @rule(target=jobs, low=st.integers(1, 3), more=st.integers(0, 3), restarts=st.integers(0, 2), limited=st.booleans())
@@ -138,6 +154,30 @@ class AnythingGoes(RuleBasedStateMachine):
             self.store.request_cancel(job, self.world.now)
         except ConflictError:
             assert before.final
+
+    @rule(job=jobs)
+    def pause(self, job: str) -> None:
+        before = self.store.job(job)
+        try:
+            self.store.request_pause(job, self.world.now)
+        except ConflictError:
+            assert before.state.final or before.cancel_requested
+
+    @rule(job=jobs)
+    def resume(self, job: str) -> None:
+        before = self.store.job(job)
+        try:
+            self.store.request_resume(job, self.world.now)
+        except ConflictError:
+            assert before.state.final or before.cancel_requested or not before.pause_requested
+
+    @rule(data=st.data())
+    def a_gang_saves(self, data: st.DataObject) -> None:
+        gang = self._one(data, lambda gang: gang.begun and 0 not in gang.exits)
+        if gang:
+            step = len(gang.told)
+            note = CheckpointNote(id=f"step-{step}.attempt-{gang.contract.attempt}", step=step, outcome="committed")
+            gang.told.append(ProgressLine(time=self.world.now, phase="save", step=step, checkpoint=note))
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 4.0, 40.0, 70.0]))
     def time_passes(self, seconds: float) -> None:
@@ -200,6 +240,8 @@ class AnythingGoes(RuleBasedStateMachine):
             numbers = [attempt.number for attempt in self.store.attempts(job.id)]
             assert numbers == list(range(1, job.attempts + 1))
             assert (job.id in live) == (job.state in (JobState.STARTING, JobState.RUNNING, JobState.STOPPING))
+            assert job.failures <= job.job.retry.max_restarts + 1
+            assert job.state != JobState.PAUSED or job.reason.code == ReasonCode.PAUSED
             assert job.reason.sentence
 
     @invariant()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ruamel.yaml import YAML
 from launch import __version__
 from launch.document import parse_document, read_document
 from launch.errors import SpecError
-from orchestrator.cli import main, wants_json
+from orchestrator.cli import wants_json
 from orchestrator.cli.init import Kind, template
 from orchestrator.cli.output import age, duration, size
 from orchestrator.cli.status import of_error, of_job
@@ -29,23 +28,6 @@ JOB_FILES = sorted((Path(__file__).parents[4] / "configs" / "jobs").glob("*.yaml
 PASSWORD = "pa55w0rd-of-the-database"
 
 
-@pytest.fixture
-def tuneyard(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """The command: exit status, stdout, stderr."""
-    monkeypatch.setenv("TUNEYARD_HOME", str(tmp_path / "home"))
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tuneyard", *arguments])
-        with pytest.raises(SystemExit) as ending:
-            main()
-        out, err = capsys.readouterr()
-        return int(ending.value.code or 0), out, err
-
-    return call
-
-
 def test_version(tuneyard: Callable[..., tuple[int, str, str]]) -> None:
     assert tuneyard("--version") == (0, f"{__version__}\n", "")
 
@@ -54,8 +36,8 @@ def test_help_names_every_verb_and_status(tuneyard: Callable[..., tuple[int, str
     status, out, _ = tuneyard("--help")
     assert status == 0
     for verb in (
-        "init", "run", "reproduce", "up", "down", "submit", "ls", "describe", "logs", "wait", "cancel", "nodes",
-        "doctor",
+        "init", "run", "reproduce", "up", "down", "submit", "ls", "describe", "logs", "wait", "pause", "resume",
+        "cancel", "nodes", "doctor",
     ):  # fmt: skip
         assert re.search(rf"\b{verb}\b", out)
     assert "5 cancelled" in " ".join(out.split())
@@ -214,7 +196,13 @@ def test_a_damaged_record_of_a_yard_is_no_traceback(
     assert "hint:" in err
 
 
-@pytest.mark.parametrize("verb", [["ls"], ["nodes"], ["describe", "x"], ["cancel", "x"], ["logs", "x"], ["wait", "x"]])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["ls"], ["nodes"], ["describe", "x"], ["pause", "x"], ["resume", "x"], ["cancel", "x"], ["logs", "x"],
+        ["wait", "x"],
+    ],
+)  # fmt: skip
 def test_without_a_yard_every_verb_says_so(verb: list[str], tuneyard: Callable[..., tuple[int, str, str]]) -> None:
     status, _, err = tuneyard(*verb)
     assert status == 3

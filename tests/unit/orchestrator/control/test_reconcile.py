@@ -7,15 +7,25 @@ from typing import Any
 import pytest
 
 from launch.attempt import ExitCode
-from launch.contract import ExecutionPlan, Origin, Pinned, ProgressLine, RankExit, RunContract, StopRequest
+from launch.contract import (
+    CheckpointNote,
+    ExecutionPlan,
+    Origin,
+    Pinned,
+    ProgressLine,
+    RankExit,
+    RunContract,
+    StopRequest,
+)
 from orchestrator.cluster.model import Placement, Snapshot
 from orchestrator.cluster.status import AttemptStatus, NodeReport
 from orchestrator.control.actions import (
     EndAttempt,
     Explain,
-    FinishJob,
     MarkLost,
     MarkRunning,
+    MoveJob,
+    NoteCheckpoints,
     NoteProgress,
     SendStop,
     SendStopAgain,
@@ -23,7 +33,15 @@ from orchestrator.control.actions import (
     StartAttempt,
 )
 from orchestrator.control.reconcile import Facts, Policy, State, reconcile
-from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode, check_attempt_transition
+from orchestrator.job.checkpoint import LastCheckpoint
+from orchestrator.job.lifecycle import (
+    AttemptState,
+    JobState,
+    Reason,
+    ReasonCode,
+    check_attempt_transition,
+    check_job_transition,
+)
 from orchestrator.job.spec import dump_job
 from orchestrator.memory.plan import plan
 from orchestrator.recover.classify import Outcome
@@ -33,7 +51,7 @@ from tests.builders import a_command_job, a_node, an_exit
 
 NODE = a_node("n0", slots=4)
 OTHER = a_node("n1", slots=4)
-POLICY = Policy(leash=10, leash_margin=2, stop_grace=60)
+POLICY = Policy(leash=10, leash_margin=2, stop_grace=60, pause_grace=600)
 NOW = 1000.0
 
 
@@ -55,7 +73,8 @@ def an_attempt(
     assert isinstance(placement, Placement)
     contract = RunContract(
         run_id="job-1.1", job_id="job-1", attempt=1, plan=plan(a_command_job(processes), processes, "cpu"),
-        nodes=placement.shares, main_port=1, run_dir="/nowhere", output_dir="/nowhere", checkpoint_dir="/nowhere", tracker_dir="/trackers",
+        nodes=placement.shares, main_port=1, run_dir="/nowhere", output_dir="/nowhere", checkpoint_dir="/nowhere",
+        tracker_dir="/nowhere",
         command=("true",), leash_s=10,
     )  # fmt: skip
     values: dict[str, Any] = {
@@ -114,7 +133,7 @@ def test_slots_of_an_attempt_that_ends_are_given_away_in_the_same_tick() -> None
 
 def test_a_cancelled_job_that_waits_is_finished_at_once() -> None:
     (finish,) = actions_for(a_row(cancel_requested=True))
-    assert isinstance(finish, FinishJob)
+    assert isinstance(finish, MoveJob)
     assert finish.state == JobState.CANCELLED
 
 
@@ -142,8 +161,8 @@ def test_an_attempt_that_no_agent_took_is_started_again_then_given_up() -> None:
 def test_progress_is_stored_at_most_once_a_second() -> None:
     line = ProgressLine(time=NOW, phase="train", step=3)
     assert actions_for(running(), an_attempt(last_contact=NOW - 0.5), a_report(progress=line)) == []
-    heard = actions_for(running(), an_attempt(last_contact=NOW - 1), a_report(progress=line))
-    assert heard == [NoteProgress("job-1", 1, line)]
+    heard = actions_for(running(), an_attempt(last_contact=NOW - 1), a_report(progress=line, offset=70))
+    assert heard == [NoteProgress("job-1", 1, line, 70)]
 
 
 def test_cancel_sends_a_stop_and_repeats_it_until_the_end() -> None:
@@ -165,8 +184,9 @@ def test_cancel_that_comes_too_late_leaves_a_success() -> None:
 
 
 def test_max_duration_stops_and_then_fails_the_job() -> None:
-    job = running(job=a_command_job(2, max_duration="10s")).model_copy(update={"started_at": NOW - 11})
-    (stop,) = actions_for(job, an_attempt(), a_report())
+    job = running(job=a_command_job(2, max_duration="10s"), ran_s=9.5)
+    assert actions_for(job, an_attempt(created_at=NOW - 0.4), a_report()) == []
+    (stop,) = actions_for(job, an_attempt(created_at=NOW - 1), a_report())
     assert isinstance(stop, SendStop)
     assert stop.reason.code == ReasonCode.MAX_DURATION
     stopping = an_attempt(AttemptState.STOPPING, stop=StopRequest(reason="max-duration", deadline=NOW))
@@ -176,9 +196,174 @@ def test_max_duration_stops_and_then_fails_the_job() -> None:
     assert end.error["code"] == "max-duration"
 
 
-def failed(*exits: RankExit, restarts: int = 3, attempts: int = 1) -> EndAttempt:
-    job = running(job=a_command_job(2, retry={"max_restarts": restarts}))
-    attempt = an_attempt(number=attempts)
+# Pausing.
+
+STOPPED = (an_exit(0, ExitCode.STOPPED), an_exit(1, ExitCode.STOPPED))
+KILLED = (an_exit(0, ExitCode.KILLED, message="killed by SIGKILL"), an_exit(1, ExitCode.STOPPED))
+PAUSING = StopRequest(reason="paused", deadline=NOW + 600)
+
+
+def end_of(job: JobRow, exits: tuple[RankExit, ...], stop: StopRequest | None = PAUSING) -> EndAttempt:
+    attempt = an_attempt(AttemptState.STOPPING if stop else AttemptState.RUNNING, stop=stop)
+    (end,) = actions_for(job, attempt, a_report(ended=True, exits=exits))
+    assert isinstance(end, EndAttempt)
+    check_job_transition("job-1", job.state, end.job_state)
+    return end
+
+
+def test_a_queued_job_is_parked_at_once_and_stays() -> None:
+    (park,) = actions_for(a_row(pause_requested=True))
+    assert isinstance(park, MoveJob)
+    assert (park.state, park.reason.code) == (JobState.PAUSED, ReasonCode.PAUSED)
+    assert park.reason.remedy == "tuneyard resume job-1"
+    assert actions_for(a_row(state=JobState.PAUSED, pause_requested=True, reason=park.reason)) == []
+
+
+def test_a_job_that_backs_off_is_parked_too() -> None:
+    (park,) = actions_for(a_row(pause_requested=True, attempts=1, not_before=NOW + 100))
+    assert isinstance(park, MoveJob)
+
+
+def test_a_parked_job_does_not_hold_up_the_queue() -> None:
+    jobs = [a_row(state=JobState.PAUSED, pause_requested=True), a_row("job-2", sequence=2)]
+    (start,) = reconcile(State(jobs, []), Facts([NODE]), NOW, POLICY)
+    assert isinstance(start, StartAttempt)
+    assert start.job_id == "job-2"
+
+
+def test_pausing_sends_a_stop_with_a_long_grace_and_repeats_it() -> None:
+    job = running(pause_requested=True)
+    (stop,) = actions_for(job, an_attempt(), a_report())
+    assert isinstance(stop, SendStop)
+    assert stop.request == PAUSING
+    assert stop.reason.code == ReasonCode.PAUSE_REQUESTED
+    stopping = an_attempt(AttemptState.STOPPING, stop=stop.request)
+    pausing = job.model_copy(update={"state": JobState.STOPPING, "reason": stop.reason})
+    assert actions_for(pausing, stopping, a_report()) == [SendStopAgain("job-1", 1, stop.request)]
+
+
+def test_a_job_that_stopped_as_it_was_asked_is_paused() -> None:
+    last = LastCheckpoint(id="step-40.attempt-1", step=40, time=NOW, url="/nowhere/step-40.attempt-1")
+    end = end_of(running(pause_requested=True, checkpoint=last), STOPPED)
+    assert (end.job_state, end.failed, end.error) == (JobState.PAUSED, False, None)
+    assert end.reason.sentence == "paused by its user; its last checkpoint is of step 40"
+    assert end.reason.remedy == "tuneyard resume job-1"
+
+
+def test_a_job_that_succeeds_meanwhile_has_succeeded() -> None:
+    assert end_of(running(pause_requested=True), (an_exit(0), an_exit(1))).job_state == JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize("stop", [PAUSING, None], ids=["asked", "not yet asked"])
+def test_a_crash_while_pausing_loses_neither_job_nor_restart(stop: StopRequest | None) -> None:
+    spent = a_command_job(2, retry={"max_restarts": 0})
+    end = end_of(running(pause_requested=True, job=spent), KILLED, stop)
+    assert (end.job_state, end.failed) == (JobState.PAUSED, False)
+    assert end.error is not None
+    assert "killed by SIGKILL" in end.reason.sentence
+
+
+def test_what_its_user_must_mend_fails_a_pausing_job() -> None:
+    assert end_of(running(pause_requested=True), (an_exit(0, ExitCode.DATA_ERROR, 1.0, "no"),)).job_state == (
+        JobState.FAILED
+    )
+
+
+def test_a_node_lost_while_pausing_leaves_it_paused() -> None:
+    attempt = an_attempt(AttemptState.LOST, last_contact=NOW, stop=PAUSING)
+    job = running(pause_requested=True).model_copy(update={"state": JobState.STOPPING})
+    gone = a_report(reachable=False)
+    end = actions_for(job, attempt, gone, nodes=(), now=NOW + 12.1)[-1]
+    assert (end.outcome, end.job_state) == (Outcome.NODE_LOST, JobState.PAUSED)
+
+
+def test_a_resumed_job_goes_back_to_the_queue_and_starts() -> None:
+    (back,) = actions_for(a_row(state=JobState.PAUSED, attempts=1))
+    assert back == MoveJob("job-1", JobState.QUEUED, back.reason)
+    assert back.reason.code == ReasonCode.RESUMED
+    (start,) = actions_for(a_row(attempts=1, reason=back.reason))
+    assert isinstance(start, StartAttempt)
+    assert start.number == 2
+
+
+def test_a_job_resumed_while_it_pauses_stops_and_goes_on() -> None:
+    told = Reason(code=ReasonCode.PAUSE_REQUESTED, sentence="pausing")
+    job = running(reason=told).model_copy(update={"state": JobState.STOPPING})
+    stopping = an_attempt(AttemptState.STOPPING, stop=PAUSING)
+    again, explain = actions_for(job, stopping, a_report())
+    assert again == SendStopAgain("job-1", 1, PAUSING)
+    assert isinstance(explain, Explain)
+    assert explain.reason.code == ReasonCode.RESUMED
+    assert actions_for(job.model_copy(update={"reason": explain.reason}), stopping, a_report()) == [again]
+    assert (end_of(job, STOPPED).job_state, end_of(job, STOPPED).failed) == (JobState.QUEUED, False)
+    late = end_of(job, KILLED)  # it was too slow for the grace
+    assert (late.job_state, late.failed) == (JobState.QUEUED, False)
+
+
+def test_cancelling_a_pausing_job_shortens_its_grace() -> None:
+    job = running(pause_requested=True, cancel_requested=True).model_copy(update={"state": JobState.STOPPING})
+    (stop,) = actions_for(job, an_attempt(AttemptState.STOPPING, stop=PAUSING), a_report())
+    assert isinstance(stop, SendStop)
+    assert stop.request == StopRequest(reason="cancelled", deadline=NOW + POLICY.stop_grace)
+    check_job_transition("job-1", JobState.STOPPING, end_of(job, STOPPED, stop.request).job_state)
+    assert end_of(job, STOPPED, stop.request).job_state == JobState.CANCELLED
+
+
+def test_a_paused_job_that_is_cancelled_ends() -> None:
+    (finish,) = actions_for(a_row(state=JobState.PAUSED, pause_requested=True, cancel_requested=True, attempts=1))
+    assert isinstance(finish, MoveJob)
+    assert (finish.state, finish.reason.sentence) == (JobState.CANCELLED, "cancelled while it was paused")
+
+
+def test_time_spent_paused_does_not_count_against_max_duration() -> None:
+    job = a_row(job=a_command_job(2, max_duration="10s"), attempts=1, started_at=0.0, ran_s=9.0)
+    assert isinstance(actions_for(job)[0], StartAttempt)
+    (over,) = actions_for(job.model_copy(update={"ran_s": 10.5}))
+    assert isinstance(over, MoveJob)
+    assert over.reason.code == ReasonCode.MAX_DURATION
+
+
+# News of checkpoints.
+
+SAVED = ProgressLine(
+    time=NOW, phase="save", step=4, checkpoint=CheckpointNote(id="step-4.attempt-1", step=4, outcome="committed")
+)
+
+
+def test_news_of_checkpoints_is_noted_at_once() -> None:
+    attempt = an_attempt(last_contact=NOW - 0.1)
+    told = actions_for(running(), attempt, a_report(progress=SAVED, news=(SAVED,), offset=300))
+    assert told == [NoteCheckpoints("job-1", 1, (SAVED,), 300)]
+
+
+def test_an_attempt_ends_when_nothing_is_left_to_be_noted() -> None:
+    ended = a_report(ended=True, exits=(an_exit(0), an_exit(1)), news=(SAVED,), offset=300)
+    assert actions_for(running(), an_attempt(), ended) == [NoteCheckpoints("job-1", 1, (SAVED,), 300)]
+    (end,) = actions_for(running(), an_attempt(progress_offset=300), ended.model_copy(update={"news": ()}))
+    assert isinstance(end, EndAttempt)
+
+
+def test_a_lost_attempt_ends_when_nothing_is_left_to_be_noted() -> None:
+    silent = a_report(reachable=False, news=(SAVED,), offset=300)
+    attempt = an_attempt(AttemptState.LOST, last_contact=NOW)
+    (note,) = actions_for(running(), attempt, silent, nodes=(), now=NOW + 20)
+    assert isinstance(note, NoteCheckpoints)
+    (end,) = actions_for(running(), attempt, silent.model_copy(update={"news": ()}), nodes=(), now=NOW + 20)
+    assert isinstance(end, EndAttempt)
+
+
+def test_a_job_that_never_stops_telling_can_still_be_cancelled() -> None:
+    chatty = a_report(news=(SAVED,), offset=300)
+    kinds = [type(action) for action in actions_for(running(cancel_requested=True), an_attempt(), chatty)]
+    assert kinds == [NoteCheckpoints, SendStop]
+
+
+# Failing.
+
+
+def failed(*exits: RankExit, restarts: int = 3, failures: int = 0) -> EndAttempt:
+    job = running(job=a_command_job(2, retry={"max_restarts": restarts}), failures=failures)
+    attempt = an_attempt()
     (end,) = actions_for(job, attempt, a_report(ended=True, exits=exits))
     assert isinstance(end, EndAttempt)
     return end
@@ -197,7 +382,8 @@ def test_the_first_failing_rank_is_the_cause() -> None:
 def test_a_crash_is_retried_until_the_budget_is_spent() -> None:
     crash = an_exit(0, ExitCode.CRASH, 1.0, "boom")
     assert failed(crash, restarts=1).job_state == JobState.QUEUED
-    assert failed(crash, restarts=1, attempts=2).job_state == JobState.FAILED
+    assert failed(crash, restarts=1).failed
+    assert failed(crash, restarts=1, failures=1).job_state == JobState.FAILED
     assert failed(crash, restarts=0).job_state == JobState.FAILED
 
 

@@ -62,6 +62,6 @@ def test_only_what_was_nobodys_fault_is_tried_again(outcome: Outcome) -> None:
 
 
 @given(st.integers(1, 100_000))
-def test_waiting_grows_and_is_bounded(attempts: int) -> None:
-    assert BACK_OFF_S <= back_off(attempts) <= back_off(attempts + 1) <= MAX_BACK_OFF_S
-    assert (back_off(1), back_off(2), back_off(100_000)) == (2.0, 4.0, 300.0)
+def test_waiting_grows_and_is_bounded(failures: int) -> None:
+    assert BACK_OFF_S <= back_off(failures) <= back_off(failures + 1) <= MAX_BACK_OFF_S
+    assert (back_off(0), back_off(1), back_off(2), back_off(100_000)) == (0.0, 2.0, 4.0, 300.0)

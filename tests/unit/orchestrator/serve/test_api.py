@@ -72,7 +72,7 @@ ROUTES = [
 def test_the_routes_are_found() -> None:
     paths = {path for _, path in ROUTES}
     assert {"/healthz", "/v1/jobs", "/v1/jobs/job-1/logs", "/v1/nodes"} <= paths
-    assert len(ROUTES) == 10
+    assert len(ROUTES) == 12
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json"])
@@ -202,8 +202,9 @@ def test_an_unknown_job_is_not_found(http: TestClient, path: str) -> None:
     typed(http.get(f"/v1/jobs/none-such{path}"), 404, "not-found", "job")
 
 
-def test_cancelling_an_unknown_job(http: TestClient) -> None:
-    typed(http.post("/v1/jobs/none-such/cancel"), 404, "not-found", "job")
+@pytest.mark.parametrize("what", ["cancel", "pause", "resume"])
+def test_asking_something_of_an_unknown_job(http: TestClient, what: str) -> None:
+    typed(http.post(f"/v1/jobs/none-such/{what}"), 404, "not-found", "job")
 
 
 def test_an_unknown_route_is_typed_too(http: TestClient) -> None:
@@ -245,6 +246,38 @@ def test_cancelling_twice_is_once_and_an_ended_job_cannot_be(http: TestClient, c
     assert http.get(f"/v1/jobs/{job}").json()["state"] == "cancelled"
     assert http.post(f"/v1/jobs/{job}/cancel").json()["state"] == "cancelled"
     assert http.get(f"/v1/jobs/{job}/logs").status_code == 404  # it never had an attempt
+
+
+def test_a_queued_job_is_paused_resumed_and_cancelled(http: TestClient, controller: Controller) -> None:
+    job = submit(http).json()["id"]
+    error = typed(http.post(f"/v1/jobs/{job}/resume"), 409, "not-paused")
+    assert error["hint"]
+    for _ in range(2):
+        assert http.post(f"/v1/jobs/{job}/pause").status_code == 200
+    assert controller.wake.is_set()
+    for _ in range(2):
+        controller.step()
+        view = http.get(f"/v1/jobs/{job}").json()
+        assert (view["state"], view["attempts"]) == ("paused", 0)
+        assert view["reason"] == {
+            "code": "paused", "sentence": "paused by its user", "remedy": f"tuneyard resume {job}",
+        }  # fmt: skip
+    assert http.post(f"/v1/jobs/{job}/resume").status_code == 200
+    controller.tick()
+    assert http.get(f"/v1/jobs/{job}").json()["state"] == "queued"
+    http.post(f"/v1/jobs/{job}/pause")
+    controller.tick()
+    http.post(f"/v1/jobs/{job}/cancel")
+    typed(http.post(f"/v1/jobs/{job}/resume"), 409, "being-cancelled")
+    controller.tick()
+    assert http.get(f"/v1/jobs/{job}").json()["state"] == "cancelled"
+    for what in ("pause", "resume"):
+        assert typed(http.post(f"/v1/jobs/{job}/{what}"), 409, "already-ended")["hint"]
+    kinds = [event["kind"] for event in http.get(f"/v1/jobs/{job}/events").json()]
+    assert kinds == [
+        "submitted", "pause-requested", "job-paused", "resume-requested", "job-queued", "pause-requested", "job-paused",
+        "cancel-requested", "job-cancelled",
+    ]  # fmt: skip
 
 
 def test_a_dry_run_stores_nothing_and_says_where_and_how(http: TestClient, controller: Controller) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from launch.contract import ProgressLine, RunContract, StopRequest
+from launch.contract import CheckpointNote, ProgressLine, RunContract, StopRequest
 from orchestrator.cluster.model import Placement, Snapshot
 from orchestrator.errors import (
     ConflictError,
@@ -21,6 +25,7 @@ from orchestrator.errors import (
     StoreError,
 )
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
+from orchestrator.job.spec import dump_job
 from orchestrator.memory.plan import plan
 from orchestrator.schedule.place import place
 from orchestrator.store import migrate, schema
@@ -70,7 +75,8 @@ def a_start(job_id: str = "a-1", number: int = 1) -> tuple[RunContract, Placemen
     assert placement is not None
     contract = RunContract(
         run_id=f"{job_id}.{number}", job_id=job_id, attempt=number, plan=plan(a_command_job(2), 2, "cpu"),
-        nodes=placement.shares, main_port=1, run_dir="/r", output_dir="/o", checkpoint_dir="/c", tracker_dir="/trackers", command=("true",),
+        nodes=placement.shares, main_port=1, run_dir="/r", output_dir="/o", checkpoint_dir="/c", tracker_dir="/t",
+        command=("true",),
     )  # fmt: skip
     return contract, placement
 
@@ -144,22 +150,149 @@ def test_an_attempts_life(store: Store) -> None:
     with store.acting(lease) as write:
         write.set_attempt("a-1", 1, AttemptState.RUNNING, 3.0, started_at=3.0)
         write.set_job("a-1", JobState.RUNNING, WHY, 3.0)
-        write.set_progress("a-1", 1, ProgressLine(time=3.5, phase="train", step=7, loss=0.5), 3.5)
+        write.set_progress("a-1", 1, ProgressLine(time=3.5, phase="train", step=7, loss=0.5), 70, 3.5)
         write.note_start("a-1", 99.0)  # the first start counts
     (attempt,) = store.live_attempts()
     assert attempt.progress is not None
-    assert (attempt.progress.step, attempt.last_contact) == (7, 3.5)
+    assert (attempt.progress.step, attempt.progress_offset, attempt.last_contact) == (7, 70, 3.5)
     with store.acting(lease) as write:
         write.set_stop("a-1", 1, StopRequest(reason="r", deadline=9.0), 4.0)
     (attempt,) = store.live_attempts()
     assert attempt.stop == StopRequest(reason="r", deadline=9.0)
     with store.acting(lease) as write:
         write.set_attempt("a-1", 1, AttemptState.ENDED, 5.0, outcome="stopped")
+        write.count_attempt("a-1", 1, 5.0, failed=False)
         write.set_job("a-1", JobState.CANCELLED, WHY, 5.0, result={"x": 1})
     assert store.live_attempts() == []
     row = store.job("a-1")
     assert (row.state, row.started_at, row.finished_at, row.result) == (JobState.CANCELLED, 2.0, 5.0, {"x": 1})
+    assert (row.ran_s, row.failures) == (3.0, 0)
     assert store.jobs(live=True) == []
+
+
+def a_note(step: int, outcome: str = "committed", attempt: int = 1, **fields: Any) -> ProgressLine:
+    note = CheckpointNote(id=f"step-{step}.attempt-{attempt}", step=step, outcome=outcome, **fields)  # type: ignore[arg-type]
+    return ProgressLine(time=100.0 + step, phase="save", step=step, checkpoint=note)
+
+
+def test_what_is_told_of_checkpoints_is_stored_once_with_the_newest(store: Store) -> None:
+    store.add_job("a-1", a_command_job(2), now=1.0)
+    lease = lease_of(store)
+    with store.acting(lease) as write:
+        write.add_attempt(*a_start(), 2.0)
+    assert store.job("a-1").checkpoint is None
+    failed = a_note(3, "failed", code="storage-full", message="the storage is full", hint="free space")
+
+    def note(lines: list[ProgressLine], offset: int) -> None:
+        with store.acting(lease) as write:
+            write.note_checkpoints("a-1", 1, lines, offset, "s3://bucket/ck/")
+
+    for _ in range(2):  # the second time by a controller that did not know of the first
+        note([a_note(2), failed], 100)
+    events = [event for event in store.events("a-1") if event.kind.startswith("checkpoint-")]
+    assert [(event.kind, event.attempt, event.time) for event in events] == [
+        ("checkpoint-committed", 1, 102.0), ("checkpoint-failed", 1, 103.0),
+    ]  # fmt: skip
+    assert events[1].data["message"] == "the storage is full"
+    checkpoint = store.job("a-1").checkpoint
+    assert checkpoint is not None
+    assert (checkpoint.step, checkpoint.time, checkpoint.url) == (2, 102.0, "s3://bucket/ck/step-2.attempt-1")
+    note([a_note(2, "quarantined")], 200)
+    assert store.job("a-1").checkpoint is None
+    assert store.attempts("a-1")[0].progress_offset == 200
+
+
+def test_failures_and_time_add_up(store: Store) -> None:
+    store.add_job("a-1", a_command_job(2), now=1.0)
+    lease = lease_of(store)
+    for number, (begun, ended) in enumerate([(2.0, 5.0), (10.0, 11.5), (20.0, 20.5)], start=1):
+        with store.acting(lease) as write:
+            write.add_attempt(*a_start(number=number), begun)
+            write.set_attempt("a-1", number, AttemptState.ENDED, ended, outcome="crashed")
+            write.count_attempt("a-1", number, ended, failed=number != 2)
+    assert (store.job("a-1").failures, store.job("a-1").ran_s) == (2, 5.0)
+
+
+def test_what_is_no_number_is_stored_all_the_same(store: Store) -> None:
+    store.add_job("a-1", a_command_job(2), now=1.0)
+    line = ProgressLine(time=1.0, phase="train", loss=float("nan"), metrics={"a": float("inf"), "b": 1.0})
+    with store.acting(lease_of(store)) as write:
+        write.add_attempt(*a_start(), 2.0)
+        write.set_progress("a-1", 1, line, 1, 2.0)
+    (attempt,) = store.live_attempts()
+    assert attempt.progress is not None
+    assert math.isnan(attempt.progress.loss or 0.0)
+    assert attempt.progress.metrics == {"a": math.inf, "b": 1.0}
+
+
+def test_pausing_and_resuming_are_wishes(store: Store) -> None:
+    store.add_job("a-1", a_command_job(), now=1.0)
+    for _ in range(2):
+        assert store.request_pause("a-1", 2.0).pause_requested
+    row = store.request_resume("a-1", 3.0)
+    assert (row.pause_requested, row.state) == (False, JobState.QUEUED)  # the state is the controller's to change
+    assert [event.kind for event in store.events("a-1")] == ["submitted", "pause-requested", "resume-requested"]
+    lease = lease_of(store)
+    with store.acting(lease) as write:
+        write.set_job("a-1", JobState.PAUSED, WHY, 4.0)
+    store.request_resume("a-1", 5.0)  # granted already, only not carried out
+    assert [row.id for row in store.jobs(live=True)] == ["a-1"]
+
+
+@pytest.mark.parametrize("ask", [Store.request_pause, Store.request_resume])
+def test_what_has_ended_is_neither_paused_nor_resumed(store: Store, ask: Callable[..., object]) -> None:
+    store.add_job("a-1", a_command_job(), now=1.0)
+    store.request_cancel("a-1", 2.0)
+    with pytest.raises(ConflictError) as told:
+        ask(store, "a-1", 3.0)
+    assert told.value.code == "being-cancelled"
+    with store.acting(lease_of(store)) as write:
+        write.set_job("a-1", JobState.CANCELLED, WHY, 4.0)
+    with pytest.raises(ConflictError, match="has ended already: cancelled") as told:
+        ask(store, "a-1", 3.0)
+    assert told.value.hint
+
+
+def test_a_job_that_was_never_paused_cannot_be_resumed(store: Store) -> None:
+    store.add_job("a-1", a_command_job(), now=1.0)
+    with pytest.raises(ConflictError) as told:
+        store.request_resume("a-1", 2.0)
+    assert told.value.code == "not-paused"
+
+
+def test_a_database_of_the_version_before_is_brought_up(url: str) -> None:
+    """With a job whose second attempt runs: the first failed after three seconds."""
+    store = Store(url)
+    command.upgrade(migrate.config(store.engine), "0002")
+    reason = json.dumps({"code": "running", "sentence": "s"})
+    contract, placement = a_start()
+    with store.engine.begin() as connection:
+        connection.execute(
+            sa.text(
+                "INSERT INTO jobs (sequence, id, name, queue, priority, spec, state, reason, attempts,"
+                " cancel_requested, submitted_at)"
+                " VALUES (7, 'a-1', 'job', 'default', 0, :spec, 'running', :reason, 2, :no, 1.0)"
+            ),
+            {"spec": dump_job(a_command_job(2)), "reason": reason, "no": False},
+        )
+        for number, state, ended, outcome in ((1, "ended", 5.0, "crashed"), (2, "running", None, None)):
+            connection.execute(
+                sa.text(
+                    "INSERT INTO attempts (job_id, number, state, contract, placement, created_at, ended_at, outcome,"
+                    " last_contact) VALUES ('a-1', :number, :state, :contract, :placement, 2.0, :ended, :outcome, 2.0)"
+                ),
+                {
+                    "number": number, "state": state, "contract": contract.model_dump_json(),
+                    "placement": placement.model_dump_json(), "ended": ended, "outcome": outcome,
+                },
+            )  # fmt: skip
+    store.prepare()
+    row = store.job("a-1")
+    assert (row.failures, row.ran_s, row.pause_requested, row.checkpoint) == (1, 3.0, False, None)
+    (attempt,) = store.live_attempts()
+    assert attempt.progress_offset == 0
+    assert store.request_pause("a-1", 9.0).pause_requested
+    store.close()
 
 
 def test_an_attempts_number_is_given_once(store: Store) -> None:

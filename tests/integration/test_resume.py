@@ -1,0 +1,279 @@
+"""A job that is stopped, moved to other layouts, frozen, or out of disk goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launch.checkpoint.catalogue import Catalogue
+from launch.checkpoint.manifest import CheckpointId
+from launch.checkpoint.storage import open_storage
+from launch.config import AdapterSpec, CheckpointSpec, TrainSpec
+from launch.contract import CheckpointNote, ExitCode, ProgressLine, RankExit
+from launch.data import load_corpus, sampler_for
+from launch.model import load_tokenizer
+from tests.s3 import ObjectStore, an_object_store
+from tests.worlds import Launched, a_contract, a_plan, a_spec, start, write_bert, write_messages
+
+ROWS = 147  # steps of 16: nine, and one of three
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    world = tmp_path_factory.mktemp("world")
+    write_bert(world / "bert")
+    write_messages(world / "messages.tsv", rows=ROWS)
+    return world
+
+
+@pytest.fixture(scope="module")
+def object_store() -> Iterator[ObjectStore]:
+    with an_object_store() as store:
+        yield store
+
+
+def job(world: Path, *, every: int | None = None, dropout: float = 0.0, **changes: Any) -> TrainSpec:
+    checkpoint = CheckpointSpec(every_steps=every, **changes.pop("checkpoint", {}))
+    spec = a_spec(
+        world / "bert", world / "messages.tsv", data={"split": None}, model={"dropout": dropout},
+        train={"max_steps": 14, "log_samples": True, **changes.pop("train", {})}, **changes,
+    )  # fmt: skip
+    return spec.model_copy(update={"checkpoint": checkpoint})
+
+
+class Job:
+    """The attempts of one job, each with a layout of its own."""
+
+    def __init__(self, spec: TrainSpec, folder: Path, store: str | None = None, **environment: str) -> None:
+        self.spec, self.folder, self.environment = spec, folder, environment
+        self.store = store or str(folder / "checkpoints")
+        self.attempts: list[Launched] = []
+
+    def begin(self, engine: str, size: int, mutant: str | None = None, *, cold: bool = False, **more: str) -> Launched:
+        number = len(self.attempts) + 1
+        plan = a_plan(self.spec, engine, size, 4)
+        contract = a_contract(
+            self.folder / f"attempt-{number}", plan, self.spec, attempt=number, checkpoint_dir=self.store,
+            tracker_dir=str(self.folder / "trackers"), run_id=f"small.{number}",
+        )  # fmt: skip
+        environment = {**self.environment, **more, **({"MUTANT": mutant} if mutant else {})}
+        launched = start(contract, environment, module="tests.mutants" if mutant else "launch", cold=cold)
+        self.attempts.append(launched)
+        return launched
+
+    def run(self, engine: str, size: int, *, stop_at: int | None = None, cold: bool = False) -> dict[int, RankExit]:
+        """An attempt, to its end or to the stop that it is asked for."""
+        if stop_at is None:
+            launched = self.begin(engine, size, cold=cold)
+        else:
+            launched = self.begin(engine, size, "stop-at", cold=cold, STOP_AT=str(stop_at))
+        ended = launched.wait()
+        expected = ExitCode.DONE if stop_at is None else ExitCode.STOPPED
+        assert [ended[rank].code for rank in range(size)] == [expected] * size, launched.logs()
+        return ended
+
+    @property
+    def catalogue(self) -> Catalogue:
+        return Catalogue(open_storage(self.store))
+
+    def notes(self, attempt: int) -> list[CheckpointNote]:
+        lines = self.attempts[attempt - 1].files.progress(0).read_text().splitlines()
+        found = [ProgressLine.model_validate_json(line).checkpoint for line in lines]
+        return [note for note in found if note is not None]
+
+    def model(self) -> bytes:
+        return (Path(self.attempts[-1].contract.output_dir) / "model.safetensors").read_bytes()
+
+
+def losses(ended: dict[int, RankExit]) -> tuple[float, ...]:
+    result = ended[0].result
+    assert result is not None
+    assert result.train is not None
+    return result.train.losses
+
+
+@pytest.mark.parametrize(
+    ("engine", "size", "cold"), [("single", 1, True), ("ddp", 2, False), ("zero2", 2, True), ("zero3", 2, False)]
+)
+def test_stops_leave_no_trace(world: Path, tmp_path: Path, engine: str, size: int, cold: bool) -> None:
+    """In mid-epoch and at an epoch's end, with dropout: losses and weights are bitwise those without the stops."""
+    spec = job(world, dropout=0.2)
+    whole = Job(spec, tmp_path / "whole")
+    expected = losses(whole.run(engine, size))
+    stopped = Job(spec, tmp_path / "stopped")
+    stopped.run(engine, size, stop_at=4, cold=cold)
+    stopped.run(engine, size, stop_at=10, cold=cold)
+    ended = stopped.run(engine, size, cold=cold)
+    assert [note.step for note in stopped.notes(3) if note.outcome == "resumed"] == [10]
+    assert losses(ended) == expected
+    assert stopped.model() == whole.model()
+
+
+def test_every_sample_once(world: Path, tmp_path: Path) -> None:
+    """Three stops and two changes of the world size within an epoch: what was trained on is the epoch, in its order."""
+    spec = job(world, train={"max_steps": 10})
+    resized = Job(spec, tmp_path)
+    layouts = [("ddp", 2, 2), ("zero2", 4, 5), ("zero3", 4, 8), ("single", 1, None)]
+    for engine, size, stop_at in layouts:
+        resized.run(engine, size, stop_at=stop_at)
+    steps: dict[int, list[int]] = {}
+    for launched, (_, size, _) in zip(resized.attempts, layouts, strict=True):
+        for rank in range(size):
+            for line in launched.files.samples(rank).read_text().splitlines():
+                seen = json.loads(line)
+                steps.setdefault(seen["step"], []).extend(seen["rows"])
+    corpus = load_corpus(spec, load_tokenizer(spec.model, None))
+    sampler = sampler_for(corpus.train, spec.train)
+    assert {step: sorted(rows) for step, rows in steps.items()} == {
+        step: sorted(sampler.batch(16 * (step - 1)).tolist()) for step in range(1, 11)
+    }
+    assert sorted(row for rows in steps.values() for row in rows) == list(range(ROWS))
+
+
+@pytest.mark.parametrize(
+    ("layouts", "changes"),
+    [
+        pytest.param([("zero2", 2), ("ddp", 2), ("zero3", 2)], {"train": {"precision": "bf16"}}, id="bf16"),
+        pytest.param(
+            [("ddp", 2), ("zero3", 2), ("single", 1)],
+            {"adapter": {"type": "lora", "r": 4, "target_modules": "auto"}},
+            id="lora",
+        ),
+        pytest.param([("ddp", 2), ("zero2", 2), ("zero3", 2)], {"train": {"optimizer": "lion"}}, id="lion"),
+        pytest.param([("ddp", 2), ("single", 1), ("ddp", 2)], {"train": {"optimizer": "adafactor"}}, id="adafactor"),
+        pytest.param(
+            [("zero3", 2), ("ddp", 2), ("zero2", 2)], {"train": {"eval_every": 2, "keep_best": True}}, id="best"
+        ),
+    ],
+)
+def test_other_precisions_and_parts_move_too(
+    world: Path, tmp_path: Path, layouts: list[tuple[str, int]], changes: dict[str, Any]
+) -> None:
+    spec = job(world, **changes)
+    if "eval_every" in changes.get("train", {}):
+        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"test": (str(world / "messages.tsv"),)})})
+    whole = losses(Job(spec, tmp_path / "whole").run(*layouts[0]))
+    moved = Job(spec, tmp_path / "moved")
+    for (engine, size), stop_at in zip(layouts, (4, 9, None), strict=True):
+        ended = moved.run(engine, size, stop_at=stop_at)
+    # bf16 engines round where autocast does not, and a gradient's rounding decides Lion's signs.
+    loose = spec.train.precision == "bf16" or spec.train.optimizer == "lion"
+    assert losses(ended) == pytest.approx(whole, abs=0.05 if loose else 2e-5)
+    if isinstance(spec.adapter, AdapterSpec):
+        newest = moved.catalogue.manifest(moved.catalogue.listing().committed[0])
+        weights = [name for name in newest.tensors if name.startswith("weight/")]
+        assert weights, "the adapter and the head"
+        assert all("lora" in name or "classifier" in name for name in weights)
+
+
+def frozen_rank(launched: Launched, timeout_s: float = 60) -> psutil.Process:
+    """Rank 0, once it has been stopped by a signal."""
+    deadline = time.monotonic() + timeout_s
+    file = launched.files.process(0)
+    while time.monotonic() < deadline:
+        if file.exists():
+            rank = psutil.Process(json.loads(file.read_text())["pid"])
+            if rank.status() == psutil.STATUS_STOPPED:
+                return rank
+        time.sleep(0.02)
+    raise AssertionError(f"it did not freeze\n{launched.logs()}")
+
+
+@pytest.mark.parametrize(
+    ("boundary", "kind"),
+    [("voted", "file"), ("manifest-written", "file"), ("manifest-written", "s3"), ("committed", "s3")],
+)
+def test_a_frozen_attempt_changes_nothing(
+    world: Path, tmp_path: Path, object_store: ObjectStore, boundary: str, kind: str
+) -> None:
+    """Attempt 1 is stopped in its second save, and goes on after attempt 2 has committed: nothing that is ever loaded
+    is another. It ends by itself, since attempt 2 has begun."""
+    spec = job(world, every=2, checkpoint={"keep_last": 2})
+    store = f"{object_store.url}/{tmp_path.name}" if kind == "s3" else None
+    frozen = Job(spec, tmp_path, store, **(object_store.environment if kind == "s3" else {}))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in object_store.environment.items():
+            patch.setenv(name, value)
+        first = frozen.begin("ddp", 2, "freeze-at", FREEZE_AT=boundary)
+        rank = frozen_rank(first)
+        second = frozen.begin("zero2", 2)
+        second.wait_for('"step-8.attempt-2"')
+        rank.send_signal(signal.SIGCONT)
+        ended = first.wait()
+        assert second.wait()[0].code == ExitCode.DONE, second.logs()
+        resumed = [note.step for note in frozen.notes(2) if note.outcome == "resumed"]
+        assert resumed == [4 if boundary == "committed" else 2]
+        if boundary == "voted":  # it learns so before the commit; later it learns at the next save
+            assert ended[0].error is not None
+            assert ended[0].error.code == "attempt-superseded"
+        assert ended[0].code == ExitCode.CRASH
+        listing = frozen.catalogue.listing()
+        assert listing.lineage()[:2] == (CheckpointId(14, 2), CheckpointId(12, 2))
+        assert all(found.attempt == 2 or found.step <= resumed[0] for found in listing.lineage())
+        third = frozen.run("single", 1)
+        assert third[0].code == ExitCode.DONE
+        assert [note.id for note in frozen.notes(3) if note.outcome == "resumed"] == ["step-14.attempt-2"]
+
+
+@pytest.mark.parametrize("seconds", [3.0, pytest.param(60.0, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+def test_a_planned_stop_waits_for_a_slow_store(
+    world: Path, tmp_path: Path, object_store: ObjectStore, seconds: float
+) -> None:
+    spec = job(world)
+    stopped = Job(spec, tmp_path, f"{object_store.url}/{tmp_path.name}", **object_store.environment)
+    object_store.slow["rank-1.safetensors"] = seconds
+    launched = stopped.begin("ddp", 2, "stop-at", STOP_AT="5")
+    ended = launched.wait(120 + seconds)
+    object_store.slow.clear()
+    assert ended[0].code == ExitCode.STOPPED, launched.logs()
+    (note,) = stopped.notes(1)
+    assert (note.outcome, note.step) == ("committed", 5)
+    assert note.save_s is not None
+    assert note.save_s >= seconds
+    stopped.run("zero3", 2)
+    assert [note.step for note in stopped.notes(2) if note.outcome == "resumed"] == [5]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two megabytes."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=False).returncode != 0:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("on_error", ["continue", "stop"])
+def test_a_full_disk_loses_nothing(world: Path, tmp_path: Path, small_disk: Path, on_error: str) -> None:
+    spec = job(world, every=4, checkpoint={"keep_last": 9, "on_error": on_error})
+    full = Job(spec, tmp_path, str(small_disk / "checkpoints"))
+    (small_disk / "ballast").write_bytes(b"x" * 1_500_000)
+    launched = full.begin("ddp", 2)
+    ended = launched.wait()
+    notes = full.notes(1)
+    assert [(note.step, note.outcome) for note in notes][:2] == [(4, "committed"), (8, "failed")]
+    assert notes[1].code == "storage-full"
+    if on_error == "continue":
+        assert ended[0].code == ExitCode.DONE, launched.logs()
+    else:
+        assert ended[0].code == ExitCode.CRASH
+        assert ended[0].error is not None
+        assert (ended[0].error.code, ended[0].error.field) == ("storage-full", "checkpoint.directory")
+    assert full.catalogue.listing().committed == (CheckpointId(4, 1),)
+    assert not full.catalogue.listing().unfinished, "what could not be finished takes no room"
+    (small_disk / "ballast").unlink()
+    full.run("zero2", 2)
+    assert [note.step for note in full.notes(2) if note.outcome == "resumed"] == [4]
