@@ -11,7 +11,7 @@ import torch
 
 from launch.contract import Device
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # <malloc.h>
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # <malloc.h>
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,13 @@ def keep_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)  # large blocks from the heap, too: what is mapped for one goes back with it
         mallopt(M_TRIM_THRESHOLD, -1)  # as an unsigned number the largest: never
+
+
+def return_memory() -> None:
+    """Have malloc give back every large block as it is freed: for a process that holds one tensor after the other."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)  # set by hand it stays; by itself it grows with what is freed
 
 
 def _threads() -> set[int]:

@@ -210,7 +210,7 @@ class Checkpoints:
         self._notes.append(note)
         if note.outcome == "failed" and (self._policy.stop_on_error or note.code == Superseded.code):
             kind = Superseded if note.code == Superseded.code else CheckpointError
-            raise kind(note.message or "", code=note.code, hint=note.hint)
+            raise kind(note.message or "", code=note.code, field="checkpoint.directory", hint=note.hint)
 
     def let_finish(self, seconds: float) -> None:
         """Wait for the last save, but no longer, and without a word if it fails: something else has gone wrong."""

@@ -11,7 +11,7 @@ import torch
 from launch.checkpoint.manifest import BLOCK, Fragment
 from launch.checkpoint.state import Part, dtype_name
 
-_SAFETENSORS = {
+SAFETENSORS = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -40,7 +40,7 @@ class Layout:
         for part in (parts[i] for i in self.order):
             size = part.tensor.numel() * part.tensor.element_size()
             entries[f"{part.name}[{part.start}]"] = {
-                "dtype": _SAFETENSORS[part.tensor.dtype],
+                "dtype": SAFETENSORS[part.tensor.dtype],
                 "shape": [part.tensor.numel()],
                 "data_offsets": [position, position + size],
             }
@@ -132,4 +132,4 @@ def bytes_of(memory: torch.Tensor) -> memoryview:
 
 def dtype_of(name: str) -> torch.dtype:
     """The inverse of dtype_name; raises KeyError for one that no shard can hold."""
-    return {dtype_name(dtype): dtype for dtype in _SAFETENSORS}[name]
+    return {dtype_name(dtype): dtype for dtype in SAFETENSORS}[name]
