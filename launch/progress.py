@@ -20,7 +20,7 @@ class Progress:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
         self.curve: list[ProgressLine] = []
-        """Lines of phases `train` and `evaluate`, for the training curve; of a long training only some of the former."""
+        """Lines of phases `train` and `evaluate`, for the training curve; of a long training some of the former."""
         self.follow: Callable[[ProgressLine], None] = lambda _line: None
         """Is given every line once it is written: the trackers."""
         self._started: float | None = None

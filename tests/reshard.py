@@ -26,7 +26,7 @@ from launch.stop import StopWish
 from launch.train import Loop, agreed_fingerprint
 
 ENV_TASK = "RESHARD"
-"""JSON: `save` (a name), `load` (names) or `any_step` (a number of steps), and `root`, where checkpoints and dumps lie
+"""JSON: `save` (a name), `load` (names) or `any_step` (a number of steps) or `stock` (a name), and `root`, where checkpoints and dumps lie
 by name."""
 STEPS = 3
 
@@ -130,6 +130,18 @@ def load(world: World, root: Path, names: list[str]) -> dict[str, Any]:
     return found
 
 
+def save_stock(world: World, root: Path, name: str) -> dict[str, Any]:
+    """What Accelerate's own save_state writes, DeepSpeed's files in it where that is the engine."""
+    loop = world.loop(root / f"{name}-unused")
+    for _ in range(STEPS):
+        loop.train_step()
+    state = held(world.engine)
+    world.engine.accelerator.save_state(str(root / name))
+    if world.rank == 0:
+        torch.save(state, root / f"{name}.pt")
+    return {}
+
+
 def any_step(world: World, root: Path, steps: int) -> dict[str, Any]:
     """Train `steps` steps; then again and again, each time saved after another step, led astray, and resumed."""
     start = world.loop(root / "any-step")
@@ -170,7 +182,9 @@ def main() -> None:
     task = json.loads(os.environ[ENV_TASK])
     world = World(contract, rank)
     root = Path(task["root"])
-    if "any_step" in task:
+    if "stock" in task:
+        result = save_stock(world, root, task["stock"])
+    elif "any_step" in task:
         result = any_step(world, root, task["any_step"])
     else:
         result = save(world, root, task["save"]) if "save" in task else load(world, root, task["load"])

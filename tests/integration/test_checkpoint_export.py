@@ -1,4 +1,4 @@
-"""A checkpoint exports to what the training itself would have written, and as little memory is needed as is promised."""
+"""A checkpoint exports to what the training itself would have written, with as little memory as is promised."""
 
 from __future__ import annotations
 

@@ -64,7 +64,6 @@ def test_a_training_is_paused_and_resumed(yard: Yard, tmp_path: Path) -> None:
     assert paused["reason"]["remedy"] == f"tuneyard resume {job}"
     step = paused["checkpoint"]["step"]
     assert f"its last checkpoint is of step {step}" in paused["reason"]["sentence"]
-    print("PAUSED AT", step)
     assert 0 < step < STEPS
     assert yard.left_of(job) == []
 
