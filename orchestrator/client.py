@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, TypeVar
 
 import httpx
@@ -22,6 +22,7 @@ from orchestrator.errors import (
     UnauthorizedError,
     YardError,
 )
+from orchestrator.job.lifecycle import JobState
 from orchestrator.job.spec import AnyJob
 from orchestrator.views import AttemptView, DryRun, EventView, JobView, NodeView
 
@@ -46,6 +47,7 @@ CLASSES: dict[int, type[TuneyardError]] = {
     422: SpecError,
 }
 T = TypeVar("T")
+EVENTS = 1000  # at a time
 POLL_S = 0.3
 AWAY_S = 60.0
 
@@ -92,8 +94,14 @@ class Client:
         return self._ask(list[AttemptView], "GET", f"/v1/jobs/{job_id}/attempts")
 
     def events(self, job_id: str, after: int = 0) -> list[EventView]:
-        """Events with an id above `after`, oldest first."""
-        return self._ask(list[EventView], "GET", f"/v1/jobs/{job_id}/events", params={"after": after})
+        """All events with an id above `after`, oldest first."""
+        found: list[EventView] = []
+        while True:
+            params = {"after": found[-1].id if found else after, "limit": EVENTS}
+            page = self._ask(list[EventView], "GET", f"/v1/jobs/{job_id}/events", params=params)
+            found += page
+            if len(page) < EVENTS:
+                return found
 
     def log(self, job_id: str, *, rank: int | None, attempt: int | None = None, offset: int = 0) -> tuple[bytes, int]:
         """A piece of a rank's log (the launcher's for None) and the offset to go on from; empty at the end."""
@@ -106,12 +114,21 @@ class Client:
         """Ask for the job's end. Raises ConflictError if it has ended already."""
         return self._ask(JobView, "POST", f"/v1/jobs/{job_id}/cancel")
 
+    def pause(self, job_id: str) -> JobView:
+        """Ask that the job saves, ends what it runs and waits. Raises ConflictError if it has ended already."""
+        return self._ask(JobView, "POST", f"/v1/jobs/{job_id}/pause")
+
+    def resume(self, job_id: str) -> JobView:
+        """Ask that a paused job goes back to the queue. Raises ConflictError if it is not paused."""
+        return self._ask(JobView, "POST", f"/v1/jobs/{job_id}/resume")
+
     def nodes(self) -> list[NodeView]:
         """The nodes that answer now."""
         return self._ask(list[NodeView], "GET", "/v1/nodes")
 
-    def follow(self, job_id: str, timeout: float | None = None) -> Iterator[JobView]:
-        """The job again and again until it is final; a yard that is away for a moment is waited for.
+    def follow(self, job_id: str, timeout: float | None = None, until: Container[JobState] = ()) -> Iterator[JobView]:
+        """The job again and again until it is final, or in a state of `until`; a yard that is away for a moment is
+        waited for.
 
         Raises:
             YardError: it stayed away for a minute, or `timeout` seconds passed before the job ended.
@@ -122,7 +139,7 @@ class Client:
                 view = self.job(job_id)
                 last = time.monotonic()
                 yield view
-                if view.state.final:
+                if view.state.final or view.state in until:
                     return
             except (YardError, StoreError, ExecutorError):
                 if time.monotonic() - last > AWAY_S:

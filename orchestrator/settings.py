@@ -42,7 +42,9 @@ class Settings(BaseSettings):
     lease: float = Field(10.0, gt=0)
     """A controller that has not renewed its lease for so long can be replaced."""
     stop_grace: float = Field(60.0, ge=0)
-    """Time a stopped job has to reach a step boundary before its processes are ended."""
+    """Time a cancelled job has to reach a step boundary before its processes are ended."""
+    pause_grace: float = Field(600.0, ge=0)
+    """Time a paused job has to save before its processes are ended: a slow store must be able to take it all."""
 
     def __init__(self, **values: Any) -> None:
         """Raises SettingsError: a variable has a value that it cannot have."""

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from launch.contract import ExecutionPlan, NodeShare, ProgressLine
 from orchestrator.cluster.model import Node, Placement
 from orchestrator.cluster.status import StandbyReport
+from orchestrator.job.checkpoint import LastCheckpoint
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason
 
 
@@ -24,6 +25,8 @@ class JobView(View):
     state: JobState
     reason: Reason
     attempts: int
+    failures: int = 0
+    """How many attempts failed, which retry.max_restarts bounds."""
     submitted_at: float
     started_at: float | None = None
     finished_at: float | None = None
@@ -31,6 +34,8 @@ class JobView(View):
     result: dict[str, Any] | None = None
     progress: ProgressLine | None = None
     """The newest attempt's."""
+    checkpoint: LastCheckpoint | None = None
+    """The newest committed one that is known of."""
     plan: ExecutionPlan | None = None
     spec: dict[str, Any] | None = None
 
@@ -41,6 +46,8 @@ class AttemptView(View):
     plan: ExecutionPlan
     nodes: tuple[NodeShare, ...]
     run_dir: str
+    checkpoint_dir: str | None = None
+    """A directory, or a URL."""
     created_at: float
     started_at: float | None = None
     ended_at: float | None = None

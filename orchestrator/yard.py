@@ -27,6 +27,7 @@ from orchestrator.cluster.model import CORES_LABEL, NAME_LABEL
 from orchestrator.errors import ConflictError, YardError
 from orchestrator.execute.local import cpu_slots, free_port
 from orchestrator.execute.processes import end_all, is_alive
+from orchestrator.job.lifecycle import JobState
 from orchestrator.serve.secret import RAY_TOKEN, ensure_secret, ensure_token
 from orchestrator.settings import Settings
 
@@ -153,7 +154,7 @@ def down(settings: Settings, *, force: bool) -> YardRecord | None:
         return None
     if not force and is_up(settings, record):
         with connect(settings) as client:
-            live = [job.id for job in client.jobs() if not job.state.final]
+            live = [job.id for job in client.jobs() if not job.state.final and job.state != JobState.PAUSED]
         if live:
             raise ConflictError(
                 f"{len(live)} jobs are live: {', '.join(live[:5])}",

@@ -1,10 +1,11 @@
-"""A training script that knows nothing of Tuneyard but four environment variables, and runs without them, too.
+"""A training script of one's own. It runs under `tuneyard run`, and by `accelerate launch` alone.
 
     TUNEYARD_PROGRESS_FILE   append one JSON object a line: `tuneyard describe` shows the last one
     TUNEYARD_STOP_FILE       when it appears, save and end with status 10: stopped, not failed
-    TUNEYARD_CHECKPOINT_DIR  kept across restarts
+    TUNEYARD_CHECKPOINT_DIR  kept across restarts; `checkpoints_of` finds it
     TUNEYARD_OUTPUT_DIR      where the model goes
 
+Its checkpoints are three lines, and load into any number of processes, with DeepSpeed or without.
 It fits a small network to a fixed function, so there is nothing to download.
 """
 
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+
+from launch.checkpoint import checkpoints_of
 
 STOPPED = 10
 
@@ -37,14 +40,6 @@ def report(phase: str, step: int, steps: int, loss: float | None = None) -> None
             file.write(json.dumps(line) + "\n")
 
 
-def save(state: dict[str, object], path: Path) -> None:
-    """Whole or not at all, since the process may be killed at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.rename(path)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=40)
@@ -56,13 +51,8 @@ def main() -> int:
     plain = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
     model, optimizer = accelerator.prepare(plain, torch.optim.AdamW(plain.parameters(), lr=1e-2))
 
-    checkpoint = Path(os.environ.get("TUNEYARD_CHECKPOINT_DIR", ".")) / "plain-script.pt"
-    step = 0
-    if "TUNEYARD_CHECKPOINT_DIR" in os.environ and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=accelerator.device, weights_only=True)
-        accelerator.unwrap_model(model).load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+    checkpoints = checkpoints_of(accelerator, model, optimizer)
+    step = checkpoints.resume_step()
 
     stop_file = os.environ.get("TUNEYARD_STOP_FILE")
     loss = torch.tensor(0.0)
@@ -77,21 +67,16 @@ def main() -> int:
         step += 1
         report("train", step, args.steps, loss.item())
         stop = agree(accelerator, stop_file is not None and Path(stop_file).exists())
-        if (
-            accelerator.is_main_process
-            and "TUNEYARD_CHECKPOINT_DIR" in os.environ
-            and (stop or step % args.save_every == 0)
-        ):
-            weights = accelerator.unwrap_model(model).state_dict()
-            save({"model": weights, "optimizer": optimizer.state_dict(), "step": step}, checkpoint)
+        if stop or step % args.save_every == 0:
+            checkpoints.save(step, wait=stop)  # otherwise it is written while training goes on
         if stop:
-            accelerator.wait_for_everyone()
             return STOPPED
 
-    accelerator.wait_for_everyone()
+    checkpoints.finish()
     if accelerator.is_main_process:
         output = Path(os.environ.get("TUNEYARD_OUTPUT_DIR", "plain-script-model"))
-        save(accelerator.unwrap_model(model).state_dict(), output / "model.pt")
+        output.mkdir(parents=True, exist_ok=True)
+        torch.save(accelerator.unwrap_model(model).state_dict(), output / "model.pt")
         print(f"loss {loss.item():.4f} after {step} steps; model in {output}")
     report("done", step, args.steps, loss.item())
     accelerator.end_training()

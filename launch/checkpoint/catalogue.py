@@ -31,7 +31,9 @@ from launch.checkpoint.manifest import (
     Quarantine,
     Superseded,
     hash_of,
+    read_claim,
     read_commit,
+    sealed,
 )
 from launch.checkpoint.storage import Storage
 
@@ -101,13 +103,16 @@ class Catalogue:
             return frozenset(found for found, files in directories.items() if marker in files)
 
         committed = having(COMMITTED)
+        begun = set(_attempts(_BEGUN, names))
+        # An attempt commits after it has claimed: where there is a commit there is a claim, or one was lost.
+        claimed = {*_attempts(_CLAIM, names), *(begun & {found.attempt for found in committed})}
         return Listing(
             committed=tuple(sorted(committed, reverse=True)),
             quarantined=having(QUARANTINED),
             pinned=having(PINNED) & committed,
             unfinished=frozenset(directories) - committed,
-            begun=max(_attempts(_BEGUN, names), default=0),
-            claims={attempt: self._claim(attempt) for attempt in _attempts(_CLAIM, names)},
+            begun=max(begun, default=0),
+            claims={attempt: self._claim(attempt) for attempt in sorted(claimed)},
         )
 
     def manifest(self, found: CheckpointId) -> Manifest:
@@ -150,7 +155,7 @@ class Catalogue:
     def claim(self, attempt: int, starts_from: CheckpointId | None) -> None:
         """Say for good what `attempt`, which has begun, starts from."""
         claim = Claim(attempt=attempt, starts_from=None if starts_from is None else str(starts_from))
-        if not self.storage.create(f"claims/attempt-{attempt}.json", claim.model_dump_json().encode()):
+        if not self.storage.create(f"claims/attempt-{attempt}.json", sealed(claim)):
             raise Superseded(f"attempt {attempt} has a claim already, of another process")
 
     def commit(self, manifest: Manifest, passing: Callable[[str], None] = lambda _boundary: None) -> None:
@@ -205,13 +210,16 @@ class Catalogue:
     def _claim(self, attempt: int) -> Claim:
         name = f"claims/attempt-{attempt}.json"
         try:
-            return Claim.model_validate_json(self.storage.read(name))
-        except ValidationError as problem:
-            raise CheckpointError(
-                f"{name} in {self.storage.url} is torn: which checkpoints count cannot be known",
-                code="claim-damaged",
-                hint="restore that file; without it the claim before it would decide, with more or fewer of them",
-            ) from problem
+            return read_claim(attempt, self.storage.read(name))
+        except FileNotFoundError:
+            how = "is missing"
+        except Damaged as problem:
+            how = problem.message
+        raise CheckpointError(
+            f"{name} in {self.storage.url} {how}: which checkpoints count cannot be known",
+            code="claim-damaged",
+            hint="restore that file; without it the claim before it would decide, with more or fewer of them",
+        )
 
 
 def no_such(found: CheckpointId | str, committed: Sequence[CheckpointId]) -> CheckpointError:

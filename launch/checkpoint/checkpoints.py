@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
@@ -231,6 +232,10 @@ class Checkpoints:
         """What has become of checkpoints since this was last asked."""
         if self._pending is not None and self._pending.done() and not self.failed():
             self.finish()
+        return self.told()
+
+    def told(self) -> list[CheckpointNote]:
+        """The same, without a look at what is being written."""
         told, self._notes = self._notes, []
         return told
 
@@ -286,6 +291,14 @@ class Checkpoints:
                 planner=PartsSavePlanner(draft.parts, draft.tensors),
                 process_group=self._group,
             )
+        except RuntimeError as problem:
+            # A peer has died. Another one may wait here for this rank's word while this rank's training waits for that
+            # one: it notices when the group is gone, and that is with the last reference to it.
+            if self._group is not None:
+                traceback.clear_frames(problem.__traceback__)
+                torch.distributed.destroy_process_group(self._group)
+                self._group = None
+            raise
         except CheckpointException as problem:
             cause = _first_failure(problem)
             if not isinstance(cause, CheckpointError):

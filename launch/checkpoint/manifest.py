@@ -165,6 +165,14 @@ class Claim(Record):
     starts_from: str | None
 
 
+class SealedClaim(Record):
+    """The content of claims/attempt-A.json: a flipped bit in a bare claim would name another checkpoint, or none."""
+
+    claim: Claim
+    hash: str
+    """Of the claim's JSON."""
+
+
 class Quarantine(Record):
     """Why a checkpoint is not loaded any more."""
 
@@ -187,6 +195,26 @@ def block_range(index: int, size: int) -> tuple[int, int]:
     return index * BLOCK, min((index + 1) * BLOCK, size)
 
 
+def sealed(claim: Claim) -> bytes:
+    """What is stored of `claim`."""
+    return SealedClaim(claim=claim, hash=hash_of(claim.model_dump_json().encode())).model_dump_json().encode()
+
+
+def read_claim(attempt: int, data: bytes) -> Claim:
+    """The claim of `attempt` in what `sealed` gave.
+
+    Raises:
+        Damaged: it is torn or changed, or another attempt's.
+    """
+    try:
+        found = SealedClaim.model_validate_json(data)
+    except ValidationError as problem:
+        raise Damaged("is torn") from problem
+    if found.claim.attempt != attempt or found.hash != hash_of(found.claim.model_dump_json().encode()):
+        raise Damaged("is not what was claimed")
+    return found.claim
+
+
 def read_commit(name: str, marker: bytes, manifest: bytes) -> Manifest:
     """The manifest of the checkpoint in directory `name`, once it is what the marker says.
 
@@ -198,7 +226,9 @@ def read_commit(name: str, marker: bytes, manifest: bytes) -> Manifest:
     except ValidationError as problem:
         raise Damaged(f"{name}/{COMMITTED} is not a commit marker: it is torn") from problem
     if hash_of(manifest) != commit.manifest:
-        raise Damaged(f"{name}/{MANIFEST} is not the manifest that was committed: its hash differs")
+        raise Damaged(
+            f"{name}/{MANIFEST} is not the manifest that was committed: its hash differs from what {COMMITTED} says"
+        )
     try:
         found = Manifest.model_validate_json(manifest)
     except ValidationError as problem:

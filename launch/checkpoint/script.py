@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from launch.attempt import ENV_CHECKPOINT_DIR, ENV_RUN_ID
+from launch.attempt import ENV_CHECKPOINT_DIR, ENV_PROGRESS_FILE, ENV_RUN_ID
 from launch.checkpoint.checkpoints import Checkpoints, Policy
 from launch.checkpoint.manifest import Manifest
 from launch.checkpoint.state import ZeroState, state_of
 from launch.checkpoint.storage import open_storage
-from launch.contract import ExecutionPlan
+from launch.contract import ExecutionPlan, ProgressLine
 
 
 class ScriptCheckpoints(Checkpoints):
-    """Checkpoints whose place in the data is a number of steps."""
+    """Checkpoints whose place in the data is a number of steps. What becomes of them is told in the job's progress."""
+
+    def save(self, step: int, samples: int = 0, **options: Any) -> float:
+        blocked = super().save(step, samples, **options)
+        self._tell()
+        return blocked
+
+    def finish(self) -> None:
+        try:
+            super().finish()
+        finally:
+            self._tell()
 
     def resume_step(self) -> int:
         """Load the newest good checkpoint, if there is one, and return its step; 0 without one. Raises as `resume`."""
-        manifest = self.resume()
-        return 0 if manifest is None else manifest.step
+        return self.resume_loop()[0]
 
     def resume_loop(self) -> tuple[int, dict[str, Any]]:
         """The same, with what was saved as `loop`."""
         manifest: Manifest | None = self.resume()
+        self._tell()
         return (0, {}) if manifest is None else (manifest.step, dict(manifest.loop))
+
+    def _tell(self) -> None:
+        notes = self.told()
+        if self._rank == 0 and ENV_PROGRESS_FILE in os.environ:
+            with Path(os.environ[ENV_PROGRESS_FILE]).open("a", encoding="utf-8") as out:
+                for note in notes:
+                    line = ProgressLine(time=time.time(), phase="save", step=note.step, checkpoint=note)
+                    out.write(line.model_dump_json(exclude_none=True) + "\n")
 
 
 def checkpoints_of(

@@ -7,6 +7,7 @@ import typer
 from launch import __version__
 from orchestrator.cli import (
     cancel,
+    checkpoint,
     data,
     describe,
     doctor,
@@ -14,6 +15,7 @@ from orchestrator.cli import (
     logs,
     ls,
     nodes,
+    pause,
     reproduce,
     run,
     schema,
@@ -59,7 +61,10 @@ app.command("ls")(ls.ls)
 app.command("describe")(describe.describe)
 app.command("logs")(logs.logs)
 app.command("wait")(wait.wait)
+app.command("pause")(pause.pause)
+app.command("resume")(pause.resume)
 app.command("cancel")(cancel.cancel)
+app.add_typer(checkpoint.app, name="checkpoint")
 app.command("nodes")(nodes.nodes)
 app.command("doctor")(doctor.doctor)
 app.command("schema")(schema.schema)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from itertools import groupby
 
 import typer
+from rich.markup import escape
 
-from orchestrator.cli.output import Format, Output, age, out, print_json, state_text
-from orchestrator.views import AttemptView, JobView
+from orchestrator.cli.output import Format, Output, age, out, print_json, size, state_text
+from orchestrator.views import AttemptView, EventView, JobView
+
+COMMITTED = "checkpoint-committed"
 
 
 def describe(
@@ -29,13 +34,12 @@ def describe(
         print_json(data)
         return
     _head(view)
+    _checkpoints(view, events)
     for attempt in attempts:
         _attempt(attempt)
     out.print("[bold]events[/bold]")
-    for event in events:
-        number = f" attempt {event.attempt}" if event.attempt else ""
-        clock = time.strftime("%H:%M:%S", time.localtime(event.time))
-        out.print(f"  {clock}{number} {event.kind} {_short(event.data)}", markup=False)
+    for line in lines(events):
+        out.print(f"  {line}", markup=False)
     if config and attempts:
         for name, text in attempts[-1].launch.items():
             out.print(f"[bold]{name}[/bold]")
@@ -51,6 +55,46 @@ def _head(view: JobView) -> None:
         out.print(f"  error[{view.error.get('code')}] {view.error.get('message')}", markup=False)
         if view.error.get("traceback"):
             out.print(str(view.error["traceback"]).rstrip(), markup=False)
+
+
+def _checkpoints(view: JobView, events: Sequence[EventView]) -> None:
+    """The newest checkpoint, and whether saving works."""
+    last = view.checkpoint
+    if last is not None:
+        out.print(f"  last checkpoint: step {last.step}, {age(last.time)} ago, {last.url}", markup=False)
+    saves = [event for event in events if event.kind in (COMMITTED, "checkpoint-failed")]
+    if saves and saves[-1].kind != COMMITTED:
+        out.print(f"  [red]the last save failed[/red]: {escape(_note(saves[-1]))}")
+        if saves[-1].data.get("hint"):
+            out.print(f"    {saves[-1].data['hint']}", markup=False)
+
+
+def lines(events: Sequence[EventView]) -> list[str]:
+    """A line an event; of commits in a row one line, since there may be thousands."""
+    found = []
+    for (_, kind), group in groupby(events, key=lambda event: (event.attempt, event.kind)):
+        several = list(group)
+        shown = several[-1:] if kind == COMMITTED else several
+        for event in shown:
+            number = f" attempt {event.attempt}" if event.attempt else ""
+            clock = time.strftime("%H:%M:%S", time.localtime(event.time))
+            told = _note(event) if kind.startswith("checkpoint-") else _short(event.data)
+            before = f", and {len(several) - 1} before" if len(several) > len(shown) else ""
+            found.append(f"{clock}{number} {kind} {told}{before}")
+    return found
+
+
+def _note(event: EventView) -> str:
+    """What became of a checkpoint: a CheckpointNote, as stored."""
+    note = event.data
+    text = str(note.get("id"))
+    if note.get("bytes"):
+        text += f", {size(note['bytes'])}"
+    if note.get("save_s") is not None:
+        text += f" in {float(note['save_s']):.1f} s"
+    if note.get("blocked_s") is not None:
+        text += f", training waited {float(note['blocked_s']):.2f} s"
+    return text if note.get("code") is None else f"{text}: [{note['code']}] {note.get('message')}"
 
 
 def _attempt(attempt: AttemptView) -> None:

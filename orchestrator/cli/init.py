@@ -38,7 +38,7 @@ train:
 resources:
   num_processes: 1               # one a GPU; "2..8" lets the yard choose
   accelerator: any               # any | cpu | gpu | a type such as H100
-# checkpoint: {{every_steps: 100, keep_last: 3}}
+# checkpoint: {{every_steps: auto, keep_last: 3}}   # directory: a path, or s3://bucket/prefix
 # retry: {{max_restarts: 3}}       # after crashes and lost nodes
 # max_duration: 2h
 # trackers: [tensorboard]

@@ -31,6 +31,7 @@ COLOURS = {
     JobState.RUNNING: "cyan",
     JobState.STARTING: "cyan",
     JobState.STOPPING: "yellow",
+    JobState.PAUSED: "magenta",
 }
 
 out = Console(highlight=False, soft_wrap=True)
@@ -91,4 +92,6 @@ def job_json(view: JobView) -> dict[str, Any]:
     data["reason"] = view.reason.model_dump(mode="json")
     if view.error is not None:
         data["error"] = view.error
+    if view.checkpoint is not None:
+        data["checkpoint"] = view.checkpoint.model_dump(mode="json")
     return data | (view.result or {})

@@ -38,7 +38,7 @@ def line(view: JobView) -> str:
     """`sms-spam-x1y2z running  step 50/150  loss 0.1234  230 samples/s  eta 12s`."""
     text = f"[bold]{view.id}[/bold] {state_text(view.state)}"
     progress = view.progress
-    if view.state in (JobState.QUEUED, JobState.STOPPING) or progress is None:
+    if view.state in (JobState.QUEUED, JobState.STOPPING, JobState.PAUSED) or progress is None:
         return f"{text}  {view.reason.sentence}"
     if progress.steps:
         text += f"  step {progress.step}/{progress.steps}"
@@ -48,6 +48,8 @@ def line(view: JobView) -> str:
         text += f"  {progress.samples_per_s:.0f} samples/s"
     if progress.eta_s is not None and view.state == JobState.RUNNING:
         text += f"  eta {duration(progress.eta_s)}"
+    if view.checkpoint is not None:
+        text += f"  saved at {view.checkpoint.step}"
     return f"{text}  {progress.phase}" if progress.phase != "train" else text
 
 
@@ -76,7 +78,7 @@ def summary(view: JobView) -> None:
     sharded = f"ZeRO stage {result['zero_stage']}, " if result.get("zero_stage") else ""
     out.print(f"  engine    {result.get('engine')} ({sharded}{result.get('world_size')} processes)")
     for name, value in sorted((result.get("metrics") or {}).items()):
-        out.print(f"  {name:<9} {value:.4f}")
+        out.print(f"  {name:<9} {float(value):.4f}")  # what is no number is stored as text
     train = result.get("train")
     if train:
         out.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from launch.checkpoint.manifest import CheckpointError
 from orchestrator.errors import (
     ConflictError,
     NotFoundError,
@@ -26,7 +27,7 @@ def of_error(problem: TuneyardError) -> int:
     """The status for an error that ends a command."""
     if isinstance(problem, YardError | StoreError | UnauthorizedError):
         return NO_YARD
-    if isinstance(problem, NotFoundError | ConflictError):
+    if isinstance(problem, NotFoundError | ConflictError | CheckpointError):
         return NOT_POSSIBLE
     return BAD_INPUT if isinstance(problem, SpecError) else JOB_FAILED
 

@@ -34,6 +34,10 @@ class NodeReport(BaseModel):
     exits: tuple[RankExit, ...] = ()
     progress: ProgressLine | None = None
     """The newest line of the node's first rank."""
+    news: tuple[ProgressLine, ...] = ()
+    """Rank 0's lines about checkpoints past the offset that was asked from: the next of them, maybe not all."""
+    offset: int = 0
+    """Up to where its progress was read for them; to go on from."""
 
 
 class AttemptStatus(BaseModel):
@@ -72,3 +76,11 @@ class AttemptStatus(BaseModel):
     def progress(self) -> ProgressLine | None:
         """The newest line of rank 0."""
         return self.reports[0].progress if self.reports else None
+
+    @property
+    def news(self) -> tuple[ProgressLine, ...]:
+        return self.reports[0].news if self.reports else ()
+
+    @property
+    def offset(self) -> int:
+        return self.reports[0].offset if self.reports else 0

@@ -53,6 +53,19 @@ class NoteProgress:
     job_id: str
     number: int
     progress: ProgressLine | None
+    offset: int
+    """Bytes of rank 0's progress in which there is no checkpoint that is not noted."""
+
+
+@dataclass(frozen=True)
+class NoteCheckpoints:
+    """Rank 0 has told of checkpoints."""
+
+    job_id: str
+    number: int
+    lines: tuple[ProgressLine, ...]
+    offset: int
+    """Bytes of its progress that are read with them."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +96,16 @@ class EndAttempt:
     outcome: Outcome
     job_state: JobState
     reason: Reason
+    failed: bool = False
+    """Whether it uses up one of the job's restarts."""
     not_before: float | None = None
     error: dict[str, Any] | None = None
     result: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
-class FinishJob:
-    """End a job that has no attempt."""
+class MoveJob:
+    """Another state for a job that has no attempt."""
 
     job_id: str
     state: JobState
@@ -111,9 +126,10 @@ Action = (
     | MarkRunning
     | MarkLost
     | NoteProgress
+    | NoteCheckpoints
     | SendStop
     | SendStopAgain
     | EndAttempt
-    | FinishJob
+    | MoveJob
     | Explain
 )

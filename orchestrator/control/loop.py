@@ -16,9 +16,10 @@ from orchestrator.control.actions import (
     Action,
     EndAttempt,
     Explain,
-    FinishJob,
     MarkLost,
     MarkRunning,
+    MoveJob,
+    NoteCheckpoints,
     NoteProgress,
     SendStop,
     SendStopAgain,
@@ -50,7 +51,12 @@ class Controller:
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{id(self):x}"
         self.lease: Lease | None = None
         self.wake = threading.Event()
-        self._policy = Policy(leash=settings.leash, leash_margin=settings.leash_margin, stop_grace=settings.stop_grace)
+        self._policy = Policy(
+            leash=settings.leash,
+            leash_margin=settings.leash_margin,
+            stop_grace=settings.stop_grace,
+            pause_grace=settings.pause_grace,
+        )
 
     def run_until(self, done: Callable[[], bool]) -> None:
         """Tick until `done`, sooner than the period when woken. A database that is away is waited for."""
@@ -106,7 +112,8 @@ class Controller:
     def _observe(self, state: State) -> Facts:
         nodes = self.executor.nodes()
         contracts = [attempt.run for attempt in state.attempts]
-        return Facts(nodes=nodes, statuses=self.executor.poll(contracts) if contracts else {})
+        offsets = {attempt.run.run_id: attempt.progress_offset for attempt in state.attempts}
+        return Facts(nodes=nodes, statuses=self.executor.poll(contracts, offsets) if contracts else {})
 
     def _apply(
         self, action: Action, lease: Lease, jobs: dict[str, JobRow], contracts: dict[tuple[str, int], RunContract]
@@ -126,9 +133,13 @@ class Controller:
                 with self.store.acting(lease) as write:
                     write.set_attempt(job_id, number, AttemptState.LOST, now)
                     write.explain(job_id, reason)
-            case NoteProgress(job_id, number, progress):
+            case NoteProgress(job_id, number, progress, offset):
                 with self.store.acting(lease) as write:
-                    write.set_progress(job_id, number, progress, now)
+                    write.set_progress(job_id, number, progress, offset, now)
+            case NoteCheckpoints(job_id, number, lines, offset):
+                directory = contracts[job_id, number].checkpoint_dir
+                with self.store.acting(lease) as write:
+                    write.note_checkpoints(job_id, number, lines, offset, directory)
             case SendStop(job_id, number, request, reason):
                 with self.store.acting(lease) as write:
                     write.set_stop(job_id, number, request, now)
@@ -138,9 +149,10 @@ class Controller:
                 self.executor.stop(contracts[job_id, number], request)
             case EndAttempt():
                 self._end(action, lease, contracts[action.job_id, action.number], now)
-            case FinishJob(job_id, state, reason):
+            case MoveJob(job_id, state, reason):
                 with self.store.acting(lease) as write:
-                    write.set_job(job_id, state, reason, now)
+                    # What it waited for before is over, and so is what was told of its last attempt.
+                    write.set_job(job_id, state, reason, now, not_before=None, error=None)
             case Explain(job_id, reason):
                 with self.store.acting(lease) as write:
                     write.explain(job_id, reason)
@@ -175,6 +187,7 @@ class Controller:
         self.executor.release(contract)
         with self.store.acting(lease) as write:
             write.set_attempt(action.job_id, action.number, AttemptState.ENDED, now, outcome=action.outcome.value)
+            write.count_attempt(action.job_id, action.number, now, failed=action.failed)
             if action.error is not None:
                 write.event(action.job_id, action.number, now, "attempt-error", action.error)
             write.set_job(
@@ -183,7 +196,7 @@ class Controller:
                 action.reason,
                 now,
                 not_before=action.not_before,
-                error=action.error if action.job_state == JobState.FAILED else None,
+                error=action.error if action.job_state in (JobState.FAILED, JobState.PAUSED) else None,
                 result=action.result,
             )
 

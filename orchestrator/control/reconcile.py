@@ -13,9 +13,10 @@ from orchestrator.control.actions import (
     Action,
     EndAttempt,
     Explain,
-    FinishJob,
     MarkLost,
     MarkRunning,
+    MoveJob,
+    NoteCheckpoints,
     NoteProgress,
     SendStop,
     SendStopAgain,
@@ -26,7 +27,7 @@ from orchestrator.control.result import job_error, job_result, metrics_sentence
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
 from orchestrator.job.spec import AnyJob
 from orchestrator.memory.plan import plan
-from orchestrator.recover.classify import Outcome, Verdict, back_off, judge, may_retry
+from orchestrator.recover.classify import RETRIED, Outcome, Verdict, back_off, judge, may_retry
 from orchestrator.schedule.decide import Start, Waiting, decide
 from orchestrator.store.rows import AttemptRow, JobRow
 
@@ -35,6 +36,7 @@ START_AGAIN_S = 5.0
 START_TIMEOUT_S = 60.0
 SILENCE_S = 3.0  # a node that has not answered for so long is lost
 ECHO_S = 5.0  # time the other nodes have to end once one has failed
+PAUSE = "paused"  # StopRequest.reason of a planned stop, which saves first
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Policy:
     leash: float = 30.0
     leash_margin: float = 5.0
     stop_grace: float = 60.0
+    pause_grace: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -83,29 +86,37 @@ def _attempt(
 ) -> Iterator[Action]:
     """What one living attempt needs."""
     key = (attempt.job_id, attempt.number)
+    if status.news:
+        yield NoteCheckpoints(*key, status.news, status.offset)
     if status.ended:
-        yield _end(job, attempt, judge(status.exits, attempt.plan.world_size), status, now)
+        if not status.news:  # else there may be more of it; nothing is missed by ending at the next look
+            yield _end(job, attempt, judge(status.exits, attempt.plan.world_size), status, now)
         return
     # Before any stop: a stopping attempt cannot become a running one, and both may be due in one tick.
     found = attempt.state == AttemptState.LOST and attempt.stop is None
     if status.reachable and status.begun and (found or attempt.state == AttemptState.STARTING):
         yield MarkRunning(*key)
-    if attempt.stop is not None:
-        yield SendStopAgain(*key, attempt.stop)
-    elif job.cancel_requested:
+    patient = attempt.stop is None or _pauses(attempt)  # nothing is on its way that would end it soon
+    if patient and job.cancel_requested:
         reason = Reason(code=ReasonCode.CANCEL_REQUESTED, sentence="cancelling: ranks end at their next step boundary")
         yield SendStop(*key, StopRequest(reason="cancelled", deadline=now + policy.stop_grace), reason)
-    elif _over_time(job, now):
-        sentence = f"has run for longer than max_duration ({job.job.max_duration:.0f} s)"
-        reason = Reason(code=ReasonCode.MAX_DURATION, sentence=sentence, remedy="raise max_duration, or do fewer steps")
-        yield SendStop(*key, StopRequest(reason="max-duration", deadline=now + policy.stop_grace), reason)
-    elif any(end.code not in (ExitCode.DONE, ExitCode.STOPPED) for end in status.exits) and len(status.reports) > 1:
+    elif patient and _has_failed_in_part(status):
         # Agents end their own node's ranks; the other nodes' ranks only hang in a collective until they are told.
         reason = Reason(code=ReasonCode.FAILED, sentence="a rank failed; the rest of the gang is being ended")
         yield SendStop(*key, StopRequest(reason="a rank failed", deadline=now + ECHO_S), reason)
+    elif attempt.stop is not None:
+        yield SendStopAgain(*key, attempt.stop)
+        if _pauses(attempt) and attempt.state == AttemptState.STOPPING and job.reason != _pausing(job):
+            yield Explain(job.id, _pausing(job))
+    elif job.pause_requested:
+        yield SendStop(*key, StopRequest(reason=PAUSE, deadline=now + policy.pause_grace), _pausing(job))
+    elif _over_time(job, attempt, now):
+        sentence = f"has run for longer than max_duration ({job.job.max_duration:.0f} s)"
+        reason = Reason(code=ReasonCode.MAX_DURATION, sentence=sentence, remedy="raise max_duration, or do fewer steps")
+        yield SendStop(*key, StopRequest(reason="max-duration", deadline=now + policy.stop_grace), reason)
 
     if not status.reachable:
-        yield from _silent(job, attempt, facts, now, policy)
+        yield from _silent(job, attempt, status, facts, now, policy)
         return
     age = now - attempt.created_at
     if not status.claimed and age > START_TIMEOUT_S:
@@ -117,16 +128,23 @@ def _attempt(
     progress = status.progress
     changed = progress is not None and progress != attempt.progress
     if (changed and now - attempt.last_contact >= PROGRESS_S) or now - attempt.last_contact >= SILENCE_S / 2:
-        yield NoteProgress(*key, progress if changed else None)
+        yield NoteProgress(*key, progress if changed else None, status.offset)
 
 
-def _silent(job: JobRow, attempt: AttemptRow, facts: Facts, now: float, policy: Policy) -> Iterator[Action]:
+def _has_failed_in_part(status: AttemptStatus) -> bool:
+    failed = any(end.code not in (ExitCode.DONE, ExitCode.STOPPED) for end in status.exits)
+    return failed and len(status.reports) > 1
+
+
+def _silent(
+    job: JobRow, attempt: AttemptRow, status: AttemptStatus, facts: Facts, now: float, policy: Policy
+) -> Iterator[Action]:
     """A node of the attempt does not answer: its ranks may live on, until their leash has surely ended them."""
     silence = now - attempt.last_contact
     alive = {node.id for node in facts.nodes}
     gone = [share.node for share in attempt.run.nodes if share.node not in alive]
     if attempt.state == AttemptState.LOST:
-        if silence > attempt.run.leash_s + policy.leash_margin:
+        if silence > attempt.run.leash_s + policy.leash_margin and not status.news:
             yield _end(job, attempt, Verdict(Outcome.NODE_LOST, None), None, now)
     elif gone or silence > SILENCE_S:
         wait = attempt.run.leash_s + policy.leash_margin
@@ -155,21 +173,52 @@ def _end(job: JobRow, attempt: AttemptRow, verdict: Verdict, status: AttemptStat
         error = {"code": "max-duration", "message": job.reason.sentence, "hint": job.reason.remedy}
         return EndAttempt(*key, outcome, JobState.FAILED, job.reason, error=error)
     if outcome == Outcome.STOPPED:
-        reason = Reason(
-            code=ReasonCode.BACKING_OFF, sentence="its node was asked to stop; the job goes back to the queue"
-        )
+        if job.pause_requested:
+            return EndAttempt(*key, outcome, JobState.PAUSED, _paused(job))
+        who = "resumed while it was being paused" if _pauses(attempt) else "its node was asked to stop"
+        reason = Reason(code=ReasonCode.BACKING_OFF, sentence=f"{who}; the job goes back to the queue")
         return EndAttempt(*key, outcome, JobState.QUEUED, reason, not_before=now)
     error = job_error(verdict, attempt.run)
-    if may_retry(outcome, attempt.number, job.job.retry.max_restarts):
-        wait = back_off(attempt.number)
+    if job.pause_requested and RETRIED[outcome]:
+        # Nobody asked for another start, so none is used up, and it is not too late for one.
+        return EndAttempt(*key, outcome, JobState.PAUSED, _paused(job, error["message"]), error=error)
+    counts = not _pauses(attempt)
+    failures = job.failures + counts
+    if may_retry(outcome, failures, job.job.retry.max_restarts):
+        wait = back_off(failures)
         reason = Reason(
             code=ReasonCode.BACKING_OFF,
             sentence=f"attempt {attempt.number} ended: {error['message']}; the next starts in {wait:.0f} s",
-            remedy=f"restarts left: {job.job.retry.max_restarts - attempt.number + 1}",
+            remedy=f"restarts left: {job.job.retry.max_restarts - failures + 1}",
         )
-        return EndAttempt(*key, outcome, JobState.QUEUED, reason, not_before=now + wait, error=error)
+        return EndAttempt(*key, outcome, JobState.QUEUED, reason, failed=counts, not_before=now + wait, error=error)
     reason = Reason(code=ReasonCode.FAILED, sentence=error["message"], remedy=error.get("hint"))
-    return EndAttempt(*key, outcome, JobState.FAILED, reason, error=error)
+    return EndAttempt(*key, outcome, JobState.FAILED, reason, failed=counts, error=error)
+
+
+def _pauses(attempt: AttemptRow) -> bool:
+    """Whether the stop that the attempt was sent is a planned one."""
+    return attempt.stop is not None and attempt.stop.reason == PAUSE
+
+
+def _pausing(job: JobRow) -> Reason:
+    """Why a job whose ranks were sent a planned stop is stopping."""
+    if job.pause_requested:
+        return Reason(code=ReasonCode.PAUSE_REQUESTED, sentence="pausing: its ranks save at their next step, and end")
+    return Reason(
+        code=ReasonCode.RESUMED,
+        sentence="resumed while it was being paused: its ranks save and end, then it goes back to the queue",
+    )
+
+
+def _paused(job: JobRow, error: str | None = None) -> Reason:
+    """Why a job is paused; `error` is how its last attempt ended otherwise than by stopping."""
+    sentence = "paused by its user"
+    if error is not None:
+        sentence += f", and ended badly meanwhile: {error}"
+    if job.checkpoint is not None:
+        sentence += f"; its last checkpoint is of step {job.checkpoint.step}"
+    return Reason(code=ReasonCode.PAUSED, sentence=sentence, remedy=f"tuneyard resume {job.id}")
 
 
 def _queue(state: State, facts: Facts, holding: Sequence[AttemptRow], now: float) -> Iterator[Action]:
@@ -177,16 +226,21 @@ def _queue(state: State, facts: Facts, holding: Sequence[AttemptRow], now: float
     waiting: list[Waiting] = []
     queued = {job.id: job for job in state.jobs if job.state == JobState.QUEUED}
     busy = {attempt.job_id for attempt in holding}
-    for job in queued.values():
-        if job.id in busy:
+    for job in state.jobs:
+        if job.id in busy or job.state not in (JobState.QUEUED, JobState.PAUSED):
             continue
         if job.cancel_requested:
-            yield FinishJob(
-                job.id, JobState.CANCELLED, Reason(code=ReasonCode.CANCELLED, sentence="cancelled before it started")
-            )
-        elif _over_time(job, now):
+            when = "before it started" if job.attempts == 0 else f"while it was {job.state}"
+            reason = Reason(code=ReasonCode.CANCELLED, sentence=f"cancelled {when}")
+            yield MoveJob(job.id, JobState.CANCELLED, reason)
+        elif job.state == JobState.PAUSED:
+            if not job.pause_requested:
+                yield MoveJob(job.id, JobState.QUEUED, Reason(code=ReasonCode.RESUMED, sentence="resumed by its user"))
+        elif job.pause_requested:
+            yield MoveJob(job.id, JobState.PAUSED, _paused(job))
+        elif _over_time(job, None, now):
             sentence = f"max_duration ({job.job.max_duration:.0f} s) passed before it could be started again"
-            yield FinishJob(job.id, JobState.FAILED, Reason(code=ReasonCode.MAX_DURATION, sentence=sentence))
+            yield MoveJob(job.id, JobState.FAILED, Reason(code=ReasonCode.MAX_DURATION, sentence=sentence))
         elif job.not_before is None or now >= job.not_before:
             waiting.append(_waiting(job))
     snapshot = Snapshot.of(facts.nodes, (attempt.held for attempt in holding))
@@ -223,6 +277,7 @@ def waiting(job_id: str, sequence: int, job: AnyJob) -> Waiting:
     return Waiting(job_id, sequence, job.priority, low, high, job.resources.accelerator)
 
 
-def _over_time(job: JobRow, now: float) -> bool:
+def _over_time(job: JobRow, attempt: AttemptRow | None, now: float) -> bool:
+    """Whether a job's attempts, with the one that lives, took longer than it may."""
     limit = job.job.max_duration
-    return limit is not None and job.started_at is not None and now - job.started_at > limit
+    return limit is not None and job.ran_s + (now - attempt.created_at if attempt is not None else 0.0) > limit

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -124,12 +124,15 @@ class LocalExecutor:
             if len(self._spares) < self._standbys and time.monotonic() >= self._quiet_until:
                 self._spares.append(_agent("--spare", stdin=subprocess.PIPE, stdout=subprocess.PIPE))
 
-    def poll(self, contracts: Sequence[RunContract]) -> dict[str, AttemptStatus]:
+    def poll(self, contracts: Sequence[RunContract], offsets: Mapping[str, int]) -> dict[str, AttemptStatus]:
         self._children = [child for child in self._children if child.poll() is None]  # no zombies
-        return {contract.run_id: AttemptStatus(reports=(self._report(contract),)) for contract in contracts}
+        return {
+            contract.run_id: AttemptStatus(reports=(self._report(contract, offsets.get(contract.run_id, 0)),))
+            for contract in contracts
+        }
 
-    def _report(self, contract: RunContract) -> NodeReport:
-        report = read_report(contract, 0, reachable=True)
+    def _report(self, contract: RunContract, offset: int) -> NodeReport:
+        report = read_report(contract, 0, offset, reachable=True)
         if report.ended or not report.claimed:
             return report
         claim = json.loads(AttemptFiles(contract.run_dir).agent(0).read_bytes() or b"{}")  # empty: being written
@@ -137,7 +140,7 @@ class LocalExecutor:
             return report
         # The agent died. Its ranks end by their leash; here they can be counted.
         gone = not of_run(contract.run_id)
-        return read_report(contract, 0, reachable=False).model_copy(update={"ended": gone})
+        return read_report(contract, 0, offset, reachable=False).model_copy(update={"ended": gone})
 
     def stop(self, contract: RunContract, request: StopRequest) -> None:
         files = AttemptFiles(contract.run_dir)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,8 @@ from orchestrator.cluster.model import Node, Placement
 from orchestrator.cluster.status import AttemptStatus, NodeReport, StandbyReport
 
 TAIL_BYTES = 8192
+LINE_BYTES = 1 << 16  # a user's script may write what it likes where progress is expected
+MAX_NEWS = 1000
 
 
 class Executor(Protocol):
@@ -35,8 +37,11 @@ class Executor(Protocol):
             ExecutorError: it could not be started on every node; what did start is ended by a stop.
         """
 
-    def poll(self, contracts: Sequence[RunContract]) -> dict[str, AttemptStatus]:
-        """Run id → what is known. Never raises for a node that does not answer: it is reported unreachable."""
+    def poll(self, contracts: Sequence[RunContract], offsets: Mapping[str, int]) -> dict[str, AttemptStatus]:
+        """Run id → what is known. Never raises for a node that does not answer: it is reported unreachable.
+
+        `offsets` says by run id from which byte on rank 0's progress is read for news of checkpoints.
+        """
 
     def stop(self, contract: RunContract, request: StopRequest) -> None:
         """Pass the stop message on to every node that answers; past its deadline the agents end the processes."""
@@ -51,19 +56,24 @@ class Executor(Protocol):
         """Let go of the cluster; attempts go on."""
 
 
-def read_report(contract: RunContract, node_index: int, *, reachable: bool) -> NodeReport:
-    """What an attempt's directory shows of one node."""
+def read_report(contract: RunContract, node_index: int, offset: int, *, reachable: bool) -> NodeReport:
+    """What an attempt's directory shows of one node; of rank 0 also the news of checkpoints from `offset` on."""
     files = AttemptFiles(contract.run_dir)
     ranks = contract.ranks_of(node_index)
     exits = [end for rank in ranks if (end := _read_exit(files.exit(rank))) is not None]
+    ended = files.agent_exit(node_index).exists()
+    # After the end was looked for: nothing is written after it.
+    news, offset = news_since(files.progress(0), offset) if node_index == 0 else ((), 0)
     return NodeReport(
         node_index=node_index,
         reachable=reachable,
         claimed=files.agent(node_index).exists(),
-        ended=files.agent_exit(node_index).exists(),
+        ended=ended,
         begun=any(files.process(rank).exists() for rank in ranks),
         exits=tuple(exits),
         progress=last_progress(files.progress(ranks[0])),
+        news=news,
+        offset=offset,
     )
 
 
@@ -76,12 +86,32 @@ def last_progress(path: Path) -> ProgressLine | None:
             lines = stream.read().split(b"\n")[:-1]
     except OSError:
         return None
-    for line in reversed(lines):
-        try:
-            return ProgressLine.model_validate_json(line)
-        except ValidationError:
-            continue
-    return None
+    return next((found for line in reversed(lines) if (found := _progress_line(line)) is not None), None)
+
+
+def news_since(path: Path, offset: int) -> tuple[tuple[ProgressLine, ...], int]:
+    """Whole lines with a checkpoint's note from byte `offset` on, at most MAX_NEWS, and up to where it was read."""
+    news: list[ProgressLine] = []
+    try:
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            while len(news) < MAX_NEWS and (line := stream.readline(LINE_BYTES)):
+                if not line.endswith(b"\n") and len(line) < LINE_BYTES:
+                    break  # it is being written
+                offset += len(line)
+                found = _progress_line(line) if b'"checkpoint"' in line else None
+                if found is not None and found.checkpoint is not None:
+                    news.append(found)
+    except OSError:
+        pass  # not yet there, or out of sight: later, then
+    return tuple(news), offset
+
+
+def _progress_line(line: bytes) -> ProgressLine | None:
+    try:
+        return ProgressLine.model_validate_json(line)
+    except ValidationError:
+        return None
 
 
 def read_bytes(path: Path, offset: int, limit: int) -> bytes:

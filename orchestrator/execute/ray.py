@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -78,13 +78,13 @@ class RayExecutor:
         except (RayError, OSError) as problem:
             raise ExecutorError(f"the gang of {contract.run_id} could not be started: {problem}") from problem
 
-    def poll(self, contracts: Sequence[RunContract]) -> dict[str, AttemptStatus]:
+    def poll(self, contracts: Sequence[RunContract], offsets: Mapping[str, int]) -> dict[str, AttemptStatus]:
         asked: dict[Any, tuple[RunContract, int]] = {}
         for contract in contracts:
-            text = contract.model_dump_json()
+            text, offset = contract.model_dump_json(), offsets.get(contract.run_id, 0)
             for index, share in enumerate(contract.nodes):
                 if share.node in self._agents:
-                    asked[self._agents[share.node].report.remote(text, index)] = (contract, index)
+                    asked[self._agents[share.node].report.remote(text, index, offset)] = (contract, index)
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=CALL_S) if asked else ([], [])
         known: dict[tuple[str, int], NodeReport] = {}
         for reference in answered:
@@ -96,7 +96,8 @@ class RayExecutor:
         return {
             contract.run_id: AttemptStatus(
                 reports=tuple(
-                    known.get((contract.run_id, index)) or _unreachable(contract, index)
+                    known.get((contract.run_id, index))
+                    or _unreachable(contract, index, offsets.get(contract.run_id, 0))
                     for index in range(len(contract.nodes))
                 )
             )
@@ -175,12 +176,12 @@ class RayExecutor:
             )
 
 
-def _unreachable(contract: RunContract, index: int) -> NodeReport:
+def _unreachable(contract: RunContract, index: int, offset: int) -> NodeReport:
     """What the attempt's directory shows, where it is shared, of a node that does not answer.
 
     The node's part counts as ended once each of its ranks has said how it ended.
     """
-    report = read_report(contract, index, reachable=False)
+    report = read_report(contract, index, offset, reachable=False)
     told = len(report.exits) == contract.nodes[index].processes
     return report.model_copy(update={"ended": report.ended or told})
 

@@ -52,9 +52,9 @@ class NodeAgent:
                 self._members[contract.run_id] = member
             return started
 
-    def report(self, contract_json: str, node_index: int) -> NodeReport:
-        """What is known of this node's part."""
-        return read_report(RunContract.model_validate_json(contract_json), node_index, reachable=True)
+    def report(self, contract_json: str, node_index: int, offset: int) -> NodeReport:
+        """What is known of this node's part, with news from byte `offset` of rank 0's progress on."""
+        return read_report(RunContract.model_validate_json(contract_json), node_index, offset, reachable=True)
 
     def standbys(self) -> StandbyReport:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ def check_job(job: AnyJob, document: Document) -> None:
         SpecErrors: each thing that is absent or is not what the job says, with the line that names it.
     """
     found = list(_command(job, document)) if isinstance(job, CommandJob) else list(_training(job, document))
+    found += _checkpoints(job, document)
     if found:
         raise SpecErrors(found)
 
@@ -141,6 +143,27 @@ def _chat_template(job: TrainingJob, document: Document) -> list[SpecError]:
             hint=_near(path) or "name a file with a Jinja template, relative to the job file",
         )
     ]
+
+
+def _checkpoints(job: AnyJob, document: Document) -> list[SpecError]:
+    """Whether checkpoints can go where the job says; whether the store answers, the ranks find out."""
+    directory = job.checkpoint.directory
+    if directory is None or "://" not in directory:
+        return []
+    from fsspec.registry import known_implementations  # few jobs need it
+
+    where: FieldPath = ("checkpoint", "directory")
+    scheme = directory.partition("://")[0]
+    if scheme not in known_implementations:
+        near = get_close_matches(scheme, known_implementations, n=1, cutoff=0.6)
+        hint = (f"did you mean {near[0]}://? " if near else "") + "write a directory, or s3://bucket/prefix"
+        return [document.error(where, f"no store of the kind {scheme}:// is known", code="unknown-storage", hint=hint)]
+    package = known_implementations[scheme]["class"].partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        install = "pip install 'tuneyard[s3]'" if package == "s3fs" else f"pip install {package}"
+        message = f"checkpoints in {scheme}:// need the package {package}, which is not installed"
+        return [document.error(where, message, code="storage-not-installed", hint=f"{install}, here and on every node")]
+    return []
 
 
 def _source(path: Path, columns: dict[str, str]) -> None:

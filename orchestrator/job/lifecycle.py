@@ -11,12 +11,13 @@ from orchestrator.errors import IllegalTransitionError
 
 
 class JobState(enum.StrEnum):
-    """Where a job is; the first four are live."""
+    """Where a job is; the first five are live."""
 
     QUEUED = "queued"
     STARTING = "starting"
     RUNNING = "running"
     STOPPING = "stopping"
+    PAUSED = "paused"  # has no attempt and gets none until its user says so
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -40,15 +41,15 @@ class AttemptState(enum.StrEnum):
         return not ATTEMPT_TRANSITIONS[self]
 
 
+_AFTER_AN_ATTEMPT = frozenset(
+    {JobState.QUEUED, JobState.PAUSED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
+)
 JOB_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
-    JobState.QUEUED: frozenset({JobState.STARTING, JobState.CANCELLED, JobState.FAILED}),
-    JobState.STARTING: frozenset(
-        {JobState.RUNNING, JobState.STOPPING, JobState.QUEUED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
-    ),
-    JobState.RUNNING: frozenset(
-        {JobState.STOPPING, JobState.QUEUED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
-    ),
-    JobState.STOPPING: frozenset({JobState.QUEUED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}),
+    JobState.QUEUED: frozenset({JobState.STARTING, JobState.PAUSED, JobState.CANCELLED, JobState.FAILED}),
+    JobState.STARTING: frozenset({JobState.RUNNING, JobState.STOPPING, *_AFTER_AN_ATTEMPT}),
+    JobState.RUNNING: frozenset({JobState.STOPPING, *_AFTER_AN_ATTEMPT}),
+    JobState.STOPPING: _AFTER_AN_ATTEMPT,
+    JobState.PAUSED: frozenset({JobState.QUEUED, JobState.CANCELLED}),
     JobState.SUCCEEDED: frozenset(),
     JobState.FAILED: frozenset(),
     JobState.CANCELLED: frozenset(),
@@ -96,6 +97,9 @@ class ReasonCode(enum.StrEnum):
     OLD_ATTEMPT_ENDING = "old-attempt-ending"
     STARTING = "starting"
     RUNNING = "running"
+    PAUSE_REQUESTED = "pause-requested"
+    PAUSED = "paused"
+    RESUMED = "resumed"
     CANCEL_REQUESTED = "cancel-requested"
     CANCELLED = "cancelled"
     DONE = "done"

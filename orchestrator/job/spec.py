@@ -212,7 +212,12 @@ def load_job(document: Document) -> AnyJob:
     base = (document.path or Path("job.yaml")).absolute().parent
     if _kind(document) is CommandJob:
         job = validate(CommandJob, document)
-        return job.model_copy(update={"working_dir": str(local_path(base, job.working_dir or "."))})
+        return job.model_copy(
+            update={
+                "working_dir": str(local_path(base, job.working_dir or ".")),
+                "checkpoint": job.checkpoint.resolved(base),
+            }
+        )
     spec = validate(TrainingJob, document)
     resolved = resolve_paths(spec, base)
     assert isinstance(resolved, TrainingJob)

@@ -76,11 +76,11 @@ def judge(exits: Sequence[RankExit], world_size: int) -> Verdict:
     return Verdict(Outcome.SUCCEEDED, None)
 
 
-def may_retry(outcome: Outcome, attempts: int, max_restarts: int) -> bool:
-    """Whether a job that has had `attempts` attempts, the last ending in `outcome`, is started again."""
-    return RETRIED[outcome] and attempts <= max_restarts
+def may_retry(outcome: Outcome, failures: int, max_restarts: int) -> bool:
+    """Whether a job whose attempts failed `failures` times, the last one with `outcome`, is started again."""
+    return RETRIED[outcome] and failures <= max_restarts
 
 
-def back_off(attempts: int) -> float:
-    """Seconds to wait after the `attempts`-th attempt failed."""
-    return min(MAX_BACK_OFF_S, BACK_OFF_S * 2.0 ** min(attempts - 1, 30))
+def back_off(failures: int) -> float:
+    """Seconds to wait after the `failures`-th failure; none before the first."""
+    return min(MAX_BACK_OFF_S, BACK_OFF_S * 2.0 ** min(failures - 1, 30)) if failures > 0 else 0.0

@@ -1,4 +1,4 @@
-"""The REST API: jobs, events, logs, cancel. Every request needs the yard's token, but for /healthz."""
+"""The REST API: jobs, events, logs, pause, cancel. Every request needs the yard's token, but for /healthz."""
 
 from __future__ import annotations
 
@@ -209,6 +209,18 @@ def create_app(controller: Controller, token: str) -> FastAPI:
         return Response(
             data, media_type="text/plain; charset=utf-8", headers={"X-Next-Offset": str(offset + len(data))}
         )
+
+    @guarded.post("/jobs/{job_id}/pause")
+    def pause(job_id: JobId) -> JobView:
+        row = store.request_pause(job_id, time.time())
+        controller.wake.set()
+        return job_view(row)
+
+    @guarded.post("/jobs/{job_id}/resume")
+    def resume(job_id: JobId) -> JobView:
+        row = store.request_resume(job_id, time.time())
+        controller.wake.set()
+        return job_view(row)
 
     @guarded.post("/jobs/{job_id}/cancel")
     def cancel(job_id: JobId) -> JobView:

@@ -31,6 +31,7 @@ def attempt_view(row: AttemptRow) -> AttemptView:
         plan=run.plan,
         nodes=run.nodes,
         run_dir=run.run_dir,
+        checkpoint_dir=run.checkpoint_dir,
         created_at=row.created_at,
         started_at=row.started_at,
         ended_at=row.ended_at,

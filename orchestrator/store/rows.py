@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from launch.contract import ExecutionPlan, Origin, ProgressLine, RunContract, StopRequest
 from orchestrator.cluster.model import Placement
+from orchestrator.job.checkpoint import LastCheckpoint
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason
 from orchestrator.job.spec import AnyJob, parse_job
 
@@ -28,6 +29,9 @@ class JobRow(Row):
     state: JobState
     reason: Reason
     attempts: int
+    failures: int = 0
+    ran_s: float = 0.0
+    pause_requested: bool = False
     cancel_requested: bool
     not_before: float | None
     submitted_at: float
@@ -35,6 +39,7 @@ class JobRow(Row):
     finished_at: float | None
     error: dict[str, Any] | None
     result: dict[str, Any] | None
+    checkpoint: LastCheckpoint | None = None
 
     @cached_property
     def job(self) -> AnyJob:
@@ -55,6 +60,7 @@ class AttemptRow(Row):
     stop: StopRequest | None
     outcome: str | None
     progress: ProgressLine | None
+    progress_offset: int = 0
 
     @cached_property
     def run(self) -> RunContract:

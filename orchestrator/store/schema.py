@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlalchemy as sa
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -17,7 +19,7 @@ from sqlalchemy import (
     Text,
 )
 
-HEAD = "0002"
+HEAD = "0003"
 
 metadata = MetaData(
     naming_convention={
@@ -41,6 +43,10 @@ jobs = Table(
     Column("state", String(20), nullable=False),
     Column("reason", JSON, nullable=False),  # lifecycle.Reason
     Column("attempts", Integer, nullable=False, default=0),  # number of the newest attempt
+    # How many of them failed, which is what retry.max_restarts bounds.
+    Column("failures", Integer, nullable=False, server_default="0"),
+    Column("ran_s", Float, nullable=False, server_default="0"),  # of those that have ended, together
+    Column("pause_requested", Boolean, nullable=False, server_default=sa.false()),  # while so, no attempt starts
     Column("cancel_requested", Boolean, nullable=False, default=False),
     Column("not_before", Float, nullable=True),  # backing off until then
     Column("submitted_at", Float, nullable=False),
@@ -48,6 +54,7 @@ jobs = Table(
     Column("finished_at", Float, nullable=True),
     Column("error", JSON, nullable=True),
     Column("result", JSON, nullable=True),
+    Column("checkpoint", JSON, nullable=True),  # job.checkpoint.LastCheckpoint
     Index("ix_jobs_state", "state"),
 )
 
@@ -66,6 +73,8 @@ attempts = Table(
     Column("stop", JSON, nullable=True),  # StopRequest that was sent
     Column("outcome", String(20), nullable=True),
     Column("progress", JSON, nullable=True),  # newest ProgressLine of rank 0
+    # Bytes of rank 0's progress whose checkpoints are events.
+    Column("progress_offset", BigInteger, nullable=False, server_default="0"),
     Index("ix_attempts_state", "state"),
 )
 

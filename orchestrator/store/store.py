@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -72,7 +74,7 @@ class Store:
                         id=job_id, name=job.name, queue=job.queue, priority=job.priority, spec=dump_job(job),
                         origin=None if origin is None else dumps(origin),
                         state=JobState.QUEUED, reason=reason.model_dump(mode="json"), attempts=0,
-                        cancel_requested=False, submitted_at=now,
+                        pause_requested=False, cancel_requested=False, submitted_at=now,
                     )
                 )  # fmt: skip
             except IntegrityError as problem:
@@ -95,6 +97,46 @@ class Store:
                 raise ConflictError(f"job {job_id} has {row.state} already", hint="nothing to cancel")
             connection.execute(schema.jobs.update().where(schema.jobs.c.id == job_id).values(cancel_requested=True))
             _add_event(connection, job_id, None, now, "cancel-requested", {})
+        return self.job(job_id)
+
+    def request_pause(self, job_id: str, now: float) -> JobRow:
+        """Ask that the job ends what it runs, saving first, and gets no attempt until `request_resume`.
+
+        Raises:
+            NotFoundError: no such job.
+            ConflictError: it has ended already, or is being cancelled.
+        """
+        return self._wish_pause(job_id, True, now)
+
+    def request_resume(self, job_id: str, now: float) -> JobRow:
+        """Take the wish that the job pauses back: it goes to the queue, once what still runs of it has ended.
+
+        Raises:
+            NotFoundError: no such job.
+            ConflictError: it is neither paused nor being paused.
+        """
+        return self._wish_pause(job_id, False, now)
+
+    def _wish_pause(self, job_id: str, paused: bool, now: float) -> JobRow:
+        with self._errors(), self._writing.begin() as connection:
+            row = self._job(connection, job_id)
+            if row.state.final:
+                raise ConflictError(
+                    f"job {job_id} has ended already: {row.state}",
+                    code="already-ended",
+                    hint="nothing to pause" if paused else "submit it again: a job goes on only while it has not ended",
+                )
+            if row.cancel_requested:
+                raise ConflictError(f"job {job_id} is being cancelled", code="being-cancelled", hint="submit it again")
+            if row.pause_requested == paused:
+                # A wish that was granted may be repeated; a resume that never followed a pause is a slip.
+                if paused or row.state == JobState.PAUSED:
+                    return row
+                raise ConflictError(
+                    f"job {job_id} is {row.state}, not paused", code="not-paused", hint="there is nothing to resume"
+                )
+            connection.execute(schema.jobs.update().where(schema.jobs.c.id == job_id).values(pause_requested=paused))
+            _add_event(connection, job_id, None, now, "pause-requested" if paused else "resume-requested", {})
         return self.job(job_id)
 
     # Reads.
@@ -220,6 +262,22 @@ def _add_event(
     connection.execute(schema.events.insert().values(job_id=job_id, attempt=attempt, time=now, kind=kind, data=data))
 
 
+def _json(value: Any) -> str:
+    """`value` as JSON. A loss may be infinite or no number, which JSON cannot say; as text a float field reads it."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inside) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inside) for inside in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _engine(url: str) -> Engine:
     try:
         parsed = make_url(url)
@@ -237,7 +295,7 @@ def _engine(url: str) -> Engine:
         if parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
         try:
-            return sa.create_engine(parsed, pool_pre_ping=True)
+            return sa.create_engine(parsed, pool_pre_ping=True, json_serializer=_json)
         except ModuleNotFoundError as problem:
             raise StoreError(
                 f"no driver for {parsed.get_backend_name()}: {problem}", hint="pip install 'tuneyard[postgres]'"
@@ -250,7 +308,7 @@ def _engine(url: str) -> Engine:
                 f"cannot make the directory of {parsed.database}: {os.strerror(problem.errno or 0)}",
                 hint="choose another TUNEYARD_HOME",
             ) from problem
-    engine = sa.create_engine(parsed, connect_args={"timeout": 30, "check_same_thread": False})
+    engine = sa.create_engine(parsed, connect_args={"timeout": 30, "check_same_thread": False}, json_serializer=_json)
 
     @sa.event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:

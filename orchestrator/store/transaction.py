@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -10,6 +11,7 @@ from sqlalchemy.engine import Connection
 from launch.contract import ProgressLine, RunContract, StopRequest, dumps
 from orchestrator.cluster.model import Placement
 from orchestrator.errors import ConflictError
+from orchestrator.job.checkpoint import LastCheckpoint, newest
 from orchestrator.job.lifecycle import (
     AttemptState,
     JobState,
@@ -106,9 +108,47 @@ class Transaction:
             columns["ended_at"] = now
         self._connection.execute(table.update().where(mine).values(state=state, **columns))
 
-    def set_progress(self, job_id: str, number: int, progress: ProgressLine | None, now: float) -> None:
-        """The newest sign of life of an attempt's ranks."""
-        columns: dict[str, Any] = {"last_contact": now}
+    def count_attempt(self, job_id: str, number: int, now: float, *, failed: bool) -> None:
+        """Count an attempt that ends: its time, and whether it uses up one of the job's restarts."""
+        jobs, attempts = schema.jobs, schema.attempts
+        mine = (attempts.c.job_id == job_id) & (attempts.c.number == number)
+        created = self._connection.execute(sa.select(attempts.c.created_at).where(mine)).scalar_one()
+        self._connection.execute(
+            jobs.update()
+            .where(jobs.c.id == job_id)
+            .values(ran_s=jobs.c.ran_s + (now - created), failures=jobs.c.failures + int(failed))
+        )
+
+    def note_checkpoints(
+        self, job_id: str, number: int, lines: Sequence[ProgressLine], offset: int, directory: str
+    ) -> None:
+        """Store what rank 0 told of checkpoints as events, and the job's newest one, once: when it is told again, with
+        an `offset` that was reached before, nothing is written."""
+        table = schema.attempts
+        mine = (table.c.job_id == job_id) & (table.c.number == number)
+        changed = self._connection.execute(
+            table.update().where(mine, table.c.progress_offset < offset).values(progress_offset=offset)
+        )
+        if changed.rowcount != 1:
+            return
+        stored = self._connection.execute(
+            sa.select(schema.jobs.c.checkpoint).where(schema.jobs.c.id == job_id).with_for_update()
+        ).scalar_one()
+        last = None if stored is None else LastCheckpoint.model_validate(stored)
+        for line in lines:
+            if line.checkpoint is not None:
+                kind = f"checkpoint-{line.checkpoint.outcome}"
+                self.event(job_id, number, line.time, kind, line.checkpoint.model_dump(mode="json", exclude_none=True))
+                last = newest(last, line, directory)
+        self._connection.execute(
+            schema.jobs.update()
+            .where(schema.jobs.c.id == job_id)
+            .values(checkpoint=sa.null() if last is None else last.model_dump(mode="json"))
+        )
+
+    def set_progress(self, job_id: str, number: int, progress: ProgressLine | None, offset: int, now: float) -> None:
+        """The newest sign of life of an attempt's ranks, and how much of rank 0's progress holds no more news."""
+        columns: dict[str, Any] = {"last_contact": now, "progress_offset": offset}
         if progress is not None:
             columns["progress"] = dumps(progress)
         table = schema.attempts

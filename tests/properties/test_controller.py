@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from launch.attempt import ExitCode
 from launch.contract import CheckpointNote, ProgressLine, RankExit, RunContract, StopRequest
@@ -100,6 +100,22 @@ class World:
         """Nothing is open."""
 
 
+def some(fits: Callable[[Gang], bool]) -> Callable[[AnythingGoes], bool]:
+    return lambda machine: any(fits(gang) for gang in machine.world.gangs.values())
+
+
+def unbegun(gang: Gang) -> bool:
+    return not gang.begun and not gang.ended
+
+
+def living(gang: Gang) -> bool:
+    return not gang.ended
+
+
+def talking(gang: Gang) -> bool:
+    return gang.begun and 0 not in gang.exits
+
+
 class AnythingGoes(RuleBasedStateMachine):
     jobs = Bundle("jobs")
 
@@ -118,9 +134,9 @@ class AnythingGoes(RuleBasedStateMachine):
         for job in self.store.jobs(live=True):
             if job.pause_requested and not job.cancel_requested:
                 self.store.request_resume(job.id, self.world.now)
-        for _ in range(400):
+        for turn in range(400):
             self.controller.tick()
-            for gang in self.world.gangs.values():
+            for gang in self.world.gangs.values() if turn > 4 else ():  # they run for a while before they end
                 gang.begun = True
                 for rank in range(gang.contract.plan.world_size):
                     gang.exits.setdefault(rank, RankExit(rank=rank, code=ExitCode.DONE, time=self.world.now))
@@ -138,6 +154,15 @@ class AnythingGoes(RuleBasedStateMachine):
             if outcome != "node-lost":
                 assert len(heard) == len(gang.told)
         self.store.close()
+
+    @initialize(target=jobs)
+    def a_job_runs(self) -> str:
+        """Without one there is little that can happen."""
+        job = self.submit(2, 2, 2, False)
+        self.controller.tick()
+        for gang in self.world.gangs.values():
+            gang.begun = True
+        return job
 
     @rule(target=jobs, low=st.integers(1, 3), more=st.integers(0, 3), restarts=st.integers(0, 2), limited=st.booleans())
     def submit(self, low: int, more: int, restarts: int, limited: bool) -> str:
@@ -171,11 +196,11 @@ class AnythingGoes(RuleBasedStateMachine):
         except ConflictError:
             assert before.state.final or before.cancel_requested or not before.pause_requested
 
-    @rule(data=st.data())
-    def a_gang_saves(self, data: st.DataObject) -> None:
-        gang = self._one(data, lambda gang: gang.begun and 0 not in gang.exits)
-        if gang:
-            step = len(gang.told)
+    @precondition(some(talking))
+    @rule(data=st.data(), times=st.integers(1, 3))
+    def a_gang_saves(self, data: st.DataObject, times: int) -> None:
+        gang = self._one(data, talking)
+        for step in range(len(gang.told), len(gang.told) + times):
             note = CheckpointNote(id=f"step-{step}.attempt-{gang.contract.attempt}", step=step, outcome="committed")
             gang.told.append(ProgressLine(time=self.world.now, phase="save", step=step, checkpoint=note))
 
@@ -196,30 +221,29 @@ class AnythingGoes(RuleBasedStateMachine):
     def node_goes_or_comes(self, node: str) -> None:
         self.world.up ^= {node}
 
+    @precondition(some(unbegun))
     @rule(data=st.data())
     def a_gang_begins(self, data: st.DataObject) -> None:
-        gang = self._one(data, lambda gang: not gang.begun)
-        if gang:
-            gang.begun = True
+        self._one(data, unbegun).begun = True
 
+    @precondition(some(living))
     @rule(data=st.data(), code=st.sampled_from(list(ExitCode)))
     def a_rank_ends(self, data: st.DataObject, code: ExitCode) -> None:
-        gang = self._one(data, lambda gang: not gang.ended)
-        if gang:
-            left = [rank for rank in range(gang.contract.plan.world_size) if rank not in gang.exits]
-            rank = data.draw(st.sampled_from(left))
-            gang.exits[rank] = RankExit(rank=rank, code=code, time=self.world.now)
+        gang = self._one(data, living)
+        left = [rank for rank in range(gang.contract.plan.world_size) if rank not in gang.exits]
+        rank = data.draw(st.sampled_from(left))
+        gang.exits[rank] = RankExit(rank=rank, code=code, time=self.world.now)
 
+    @precondition(some(living))
     @rule(data=st.data(), code=st.sampled_from([ExitCode.DONE, ExitCode.STOPPED, ExitCode.CRASH]))
     def a_gang_ends(self, data: st.DataObject, code: ExitCode) -> None:
-        gang = self._one(data, lambda gang: not gang.ended)
-        if gang:
-            for rank in range(gang.contract.plan.world_size):
-                gang.exits.setdefault(rank, RankExit(rank=rank, code=code, time=self.world.now))
+        gang = self._one(data, living)
+        for rank in range(gang.contract.plan.world_size):
+            gang.exits.setdefault(rank, RankExit(rank=rank, code=code, time=self.world.now))
 
-    def _one(self, data: st.DataObject, fits) -> Gang | None:  # type: ignore[no-untyped-def]
+    def _one(self, data: st.DataObject, fits: Callable[[Gang], bool]) -> Gang:
         names = [name for name, gang in self.world.gangs.items() if fits(gang)]
-        return self.world.gangs[data.draw(st.sampled_from(names))] if names else None
+        return self.world.gangs[data.draw(st.sampled_from(names))]
 
     @rule()
     def the_controller_is_replaced(self) -> None:

@@ -300,6 +300,21 @@ def test_a_job_resumed_while_it_pauses_stops_and_goes_on() -> None:
     assert (late.job_state, late.failed) == (JobState.QUEUED, False)
 
 
+def test_a_rank_that_crashes_while_its_gang_pauses_ends_the_others_soon() -> None:
+    job = running(pause_requested=True).model_copy(update={"state": JobState.STOPPING})
+    attempt = an_attempt(AttemptState.STOPPING, processes=6, nodes=(NODE, OTHER), stop=PAUSING)
+    bad = a_report(0, exits=(an_exit(0, ExitCode.CRASH, 1.0, "boom"),))
+    (stop,) = actions_for(job, attempt, bad, a_report(1), nodes=(NODE, OTHER))
+    assert isinstance(stop, SendStop)
+    assert stop.request.deadline < NOW + 10
+    attempt = attempt.model_copy(update={"stop": stop.request})
+    assert actions_for(job, attempt, bad, a_report(1), nodes=(NODE, OTHER)) == [SendStopAgain("job-1", 1, stop.request)]
+    gone = [a_report(0, ended=True, exits=tuple(an_exit(rank, ExitCode.KILLED) for rank in range(4)))]
+    gone.append(a_report(1, ended=True, exits=(an_exit(4, ExitCode.KILLED), an_exit(5, ExitCode.KILLED))))
+    (end,) = actions_for(job, attempt, *gone, nodes=(NODE, OTHER))
+    assert end.job_state == JobState.PAUSED
+
+
 def test_cancelling_a_pausing_job_shortens_its_grace() -> None:
     job = running(pause_requested=True, cancel_requested=True).model_copy(update={"state": JobState.STOPPING})
     (stop,) = actions_for(job, an_attempt(AttemptState.STOPPING, stop=PAUSING), a_report())
