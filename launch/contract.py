@@ -62,7 +62,8 @@ EngineName = Literal["single", "ddp", "zero1", "zero2", "zero3"]
 class Record(BaseModel):
     """Stored or sent by a peer: unknown fields are kept out silently, so that versions can differ."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # A metric may be no number, which JSON does not know; fields of floats read the text.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
 
 class ExecutionPlan(Record):

@@ -26,8 +26,8 @@ from launch.stop import StopWish
 from launch.train import Loop, agreed_fingerprint
 
 ENV_TASK = "RESHARD"
-"""JSON: `save` (a name), `load` (names) or `any_step` (a number of steps) or `stock` (a name), and `root`, where checkpoints and dumps lie
-by name."""
+"""JSON: `save` (a name), `load` (names), `any_step` (a number of steps) or `stock` (a name); and `root`, where
+checkpoints and dumps lie by name."""
 STEPS = 3
 
 

@@ -57,12 +57,15 @@ class Listing:
 
     def lineage(self) -> tuple[CheckpointId, ...]:
         """The committed checkpoints of the newest claim's lineage, the newest first; quarantined ones are not in it."""
+        return tuple(found for found in self._counting() if found not in self.quarantined)
+
+    def set_aside(self) -> tuple[CheckpointId, ...]:
+        """Those that would be in the lineage, were they not quarantined."""
+        return tuple(found for found in self._counting() if found in self.quarantined)
+
+    def _counting(self) -> list[CheckpointId]:
         bounds = lineage(self.claims)
-        return tuple(
-            found
-            for found in self.committed
-            if found not in self.quarantined and (bounds is None or found.step <= bounds.get(found.attempt, -1))
-        )
+        return [found for found in self.committed if bounds is None or found.step <= bounds.get(found.attempt, -1)]
 
 
 def lineage(claims: Mapping[int, Claim]) -> dict[int, float] | None:

@@ -15,18 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from launch.checkpoint import random_state
 from launch.checkpoint.assets import store_assets
 from launch.checkpoint.catalogue import Catalogue
+from launch.checkpoint.loading import first_failure, load_into
 from launch.checkpoint.manifest import (
     CheckpointError,
     CheckpointId,
@@ -36,22 +35,18 @@ from launch.checkpoint.manifest import (
     Superseded,
     Unusable,
 )
-from launch.checkpoint.plans import PartsLoadPlanner, PartsSavePlanner
-from launch.checkpoint.retention import Retention, superfluous
-from launch.checkpoint.shards import ShardReader, ShardWriter, Written
+from launch.checkpoint.plans import PartsSavePlanner
+from launch.checkpoint.ranks import Ranks
+from launch.checkpoint.retention import Retention
+from launch.checkpoint.shards import ShardWriter, Written
 from launch.checkpoint.snapshot import HostBuffer, Layout, streamed_blocks
-from launch.checkpoint.state import Part, TrainingState, logical
+from launch.checkpoint.state import BEST, Part, TrainingState, logical
 from launch.checkpoint.storage import Storage
+from launch.checkpoint.tidy import Tidier
 from launch.contract import CheckpointNote, ExecutionPlan
-
-BEST = "best"
-_PATIENCE = timedelta(hours=12)
-"""How long ranks wait for the slowest one's storage; a rank that dies is noticed at once."""
 
 # One process has no group, and DCP says so at every save.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -100,8 +95,8 @@ class Checkpoints:
         """`attempt` None is the one after the highest that has begun; `assets` gives files that an export needs."""
         self.attempt = attempt
         self._state, self._catalogue, self._storage = state, Catalogue(storage), storage
-        self._job, self._plan, self._rank, self._policy, self._assets = job, plan, rank, policy, assets
-        self._group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE) if plan.world_size > 1 else None
+        self._job, self._plan, self._policy, self._assets = job, plan, policy, assets
+        self._ranks = Ranks(rank, plan.world_size)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[CheckpointNote] | None = None
         self._notes: list[CheckpointNote] = []
@@ -110,7 +105,7 @@ class Checkpoints:
         self._budget: int | None = None
         self._fitting: dict[bool, bool] = {}
         self._parent: CheckpointId | None = None
-        self._values: dict[CheckpointId, float] = {}
+        self._tidier = Tidier(self._catalogue, policy.retention, policy.metric)
         self._assets_id: str | None = None
         self.read_bytes = 0
         """Bytes that this rank read to resume."""
@@ -127,23 +122,25 @@ class Checkpoints:
             Unusable: every checkpoint is damaged, or the newest good one does not fit this training.
             CheckpointError: the store fails.
         """
-        self.attempt, lineage = self._by_main(self._begin)
+        self.attempt, lineage, aside = self._ranks.by_main(self._begin)
         for found in lineage:
             loaded = self._load(found, accept)
             if loaded is not None:
-                self._by_main(functools.partial(self._claim, found))
+                self._ranks.by_main(functools.partial(self._claim, found))
                 self._parent = found
                 self._notes.append(
                     CheckpointNote(id=loaded.id, step=loaded.step, outcome="resumed", bytes=self.read_bytes)
                 )
                 return loaded
-        if lineage:
+        if lineage or aside:
+            # Also when an earlier attempt has found them so: nobody wants a long run to begin again unasked.
             raise Unusable(
-                f"each of the {len(lineage)} checkpoints of this job is damaged, the newest {lineage[0]}",
+                f"each of the {len(lineage) + aside} checkpoints of this job is damaged",
                 code="no-good-checkpoint",
-                hint=f"`tuneyard checkpoint verify {self._storage.url}` says how; to start from scratch, use a new job",
+                hint=f"`tuneyard checkpoint verify {self._storage.url} --all` says how; to start from scratch, "
+                "`tuneyard checkpoint prune --quarantined`, or a new job",
             )
-        self._by_main(lambda: self._claim(None))
+        self._ranks.by_main(lambda: self._claim(None))
         return None
 
     def prepare(self) -> None:
@@ -209,7 +206,7 @@ class Checkpoints:
         note = self._pending.result()
         self._pending = None
         self._notes.append(note)
-        if note.outcome == "failed" and (self._policy.stop_on_error or note.code == Superseded.code):
+        if self._is_fatal(note):
             kind = Superseded if note.code == Superseded.code else CheckpointError
             raise kind(note.message or "", code=note.code, field="checkpoint.directory", hint=note.hint)
 
@@ -221,11 +218,11 @@ class Checkpoints:
     def failed(self) -> bool:
         """Whether the last save has ended in a way that ends the training; the ranks must agree on it to call
         `finish`."""
-        if self._pending is None or not self._pending.done():
-            return False
-        if self._pending.exception() is not None:  # a peer has died, or a bug: `finish` raises it
-            return False
-        note = self._pending.result()
+        if self._pending is None or not self._pending.done() or self._pending.exception() is not None:
+            return False  # an exception: a peer has died, or a bug; `finish` raises it
+        return self._is_fatal(self._pending.result())
+
+    def _is_fatal(self, note: CheckpointNote) -> bool:
         return note.outcome == "failed" and (self._policy.stop_on_error or note.code == Superseded.code)
 
     def news(self) -> list[CheckpointNote]:
@@ -240,7 +237,7 @@ class Checkpoints:
         return told
 
     def _all_parts(self, best: Mapping[str, torch.Tensor] | None) -> list[Part]:
-        parts = self._state.parts() + random_state.parts_of(self._rank, random_state.capture())
+        parts = self._state.parts() + random_state.parts_of(self._ranks.rank, random_state.capture())
         return parts + (self._state.divide(BEST, best) if best else [])
 
     def _best_logical(self, name: str, tensor: torch.Tensor) -> LogicalTensor:
@@ -258,8 +255,8 @@ class Checkpoints:
         if self._budget is None:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             mine = self._policy.host_memory or psutil.virtual_memory().available // 2 // local
-            self._budget = min(self._everyones(mine))
-        fits = max(self._everyones(layout.size)) <= self._budget
+            self._budget = min(self._ranks.everyones(mine))
+        fits = max(self._ranks.everyones(layout.size)) <= self._budget
         self._fitting[with_best] = fits
         return fits
 
@@ -272,7 +269,7 @@ class Checkpoints:
         """In the thread: shards, vote, commit, retention. What goes wrong is in the note, the same on all ranks."""
         assert self.attempt is not None, "resume() begins the attempt"
         key = CheckpointId(draft.step, self.attempt)
-        file = f"{key}/rank-{self._rank}.safetensors"
+        file = f"{key}/rank-{self._ranks.rank}.safetensors"
         begun = time.perf_counter()
         told: dict[str, float] = {}
 
@@ -289,29 +286,27 @@ class Checkpoints:
                 {},
                 storage_writer=ShardWriter(self._storage, file, layout, blocks, finish),
                 planner=PartsSavePlanner(draft.parts, draft.tensors),
-                process_group=self._group,
+                process_group=self._ranks.group,
             )
         except RuntimeError as problem:
             # A peer has died. Another one may wait here for this rank's word while this rank's training waits for that
             # one: it notices when the group is gone, and that is with the last reference to it.
-            if self._group is not None:
-                traceback.clear_frames(problem.__traceback__)
-                torch.distributed.destroy_process_group(self._group)
-                self._group = None
+            traceback.clear_frames(problem.__traceback__)
+            self._ranks.part()
             raise
         except CheckpointException as problem:
-            cause = _first_failure(problem)
+            cause = first_failure(problem)
             if not isinstance(cause, CheckpointError):
                 raise
-            if self._rank == 0 and not isinstance(cause, Superseded):
-                self._storage.delete_all(str(key))
+            if self._ranks.main and not isinstance(cause, Superseded):
+                self._clear(key)
             return CheckpointNote(
                 id=str(key), step=draft.step, outcome="failed",
                 code=cause.code, message=cause.message, hint=cause.hint, blocked_s=blocked,
             )  # fmt: skip
         self._parent = key
         took = time.perf_counter() - begun
-        if self._rank == 0:
+        if self._ranks.main:
             self._tidy(key, draft.metrics)
         return CheckpointNote(
             id=str(key), step=draft.step, outcome="committed", bytes=int(told.get("bytes", 0)),
@@ -344,83 +339,44 @@ class Checkpoints:
         self._catalogue.commit(manifest, passing)
 
     def _tidy(self, newest: CheckpointId, metrics: dict[str, float] | None) -> None:
-        """Delete what the retention leaves over, unless a higher attempt has begun: it may have chosen any of them."""
         passing("committed")
-        metric = self._policy.metric
-        if metric and metrics and metric in metrics:
-            self._values[newest] = metrics[metric]
         try:
-            listing = self._catalogue.listing()
-            lineage = [found for found in listing.lineage() if found <= newest]
-            if self._policy.retention.keep_best and metric:
-                self._learn_values(lineage, metric)
-            # Looked at after the commit: see catalogue.py.
-            if listing.begun > newest.attempt:
-                return
-            for old in superfluous(lineage, self._policy.retention, listing.pinned, self._values):
-                self._catalogue.delete(old)
+            self._tidier.after(newest, metrics)
         except CheckpointError as problem:
-            self._notes.append(
-                CheckpointNote(
-                    id=str(newest), step=newest.step, outcome="not-tidied", code=problem.code, message=problem.message
-                )
-            )
+            told = {"code": problem.code, "message": problem.message}
+            self._notes.append(CheckpointNote(id=str(newest), step=newest.step, outcome="not-tidied", **told))
         passing("tidied")
 
-    def _learn_values(self, lineage: Sequence[CheckpointId], metric: str) -> None:
-        for found in lineage:
-            if found not in self._values:
-                metrics = self._catalogue.manifest(found).metrics or {}
-                self._values[found] = metrics.get(metric, float("nan"))
-        self._values = {found: value for found, value in self._values.items() if value == value}
-
-    def _begin(self) -> tuple[int, list[CheckpointId]]:
+    def _begin(self) -> tuple[int, list[CheckpointId], int]:
+        """Which attempt this is, what it may start from, and how many more were set aside."""
         attempt = self._catalogue.listing().begun + 1 if self.attempt is None else self.attempt
         self._catalogue.begin(attempt)
-        return attempt, list(self._catalogue.listing().lineage())
+        listing = self._catalogue.listing()
+        return attempt, list(listing.lineage()), len(listing.set_aside())
 
     def _claim(self, starts_from: CheckpointId | None) -> None:
         assert self.attempt is not None
         self._catalogue.claim(self.attempt, starts_from)
         for left in self._catalogue.listing().unfinished:
             if left.attempt < self.attempt:  # nobody will finish it: a commit of it would not count
-                self._storage.delete_all(str(left))
+                self._clear(left)
+
+    def _clear(self, unfinished: CheckpointId) -> None:
+        """Free its room. What cannot be deleted is in nobody's way: it has no marker."""
+        try:
+            self._catalogue.delete(unfinished)
+        except CheckpointError as problem:
+            print(f"what is unfinished of {unfinished} could not be deleted: {problem.message}", flush=True)
 
     def _load(self, found: CheckpointId, accept: Callable[[Manifest], Mapping[str, torch.Tensor]]) -> Manifest | None:
         """Load `found` on all ranks; None if it is damaged, which is then noted for good."""
         try:
-            manifest = self._by_main(lambda: self._catalogue.manifest(found))
-            best = accept(manifest)
-            parts = self._state.parts() + (self._state.divide(BEST, best) if best else [])
-            check_fits(manifest, self._state.tensors())
-            random = self._random_parts(manifest)
-            reader = ShardReader(self._storage, manifest)
-            load(
-                {},
-                storage_reader=reader,
-                planner=PartsLoadPlanner(parts + random_state.parts_of(self._rank, random)),
-                process_group=self._group,
-            )
-        except (Damaged, CheckpointException) as problem:
-            cause = _first_failure(problem) if isinstance(problem, CheckpointException) else problem
-            if not isinstance(cause, Damaged):
-                raise cause from problem
-            self._by_main(functools.partial(self._set_aside, found, cause.message))
+            manifest = self._ranks.by_main(lambda: self._catalogue.manifest(found))
+            self.read_bytes = load_into(self._state, self._storage, manifest, self._ranks, accept(manifest))
+        except Damaged as problem:
+            self._ranks.by_main(functools.partial(self._set_aside, found, problem.message))
             return None
-        self._state.loaded()
-        if best:
-            self._state.share(best)
-        self._state.set_scalars(manifest.scalars)
-        if random:
-            random_state.restore(random)
-        self.read_bytes = reader.read_bytes
         return manifest
-
-    def _random_parts(self, manifest: Manifest) -> dict[str, torch.Tensor]:
-        """Room for this rank's random state; empty if another number of ranks saved: theirs mean nothing here."""
-        room = random_state.capture()
-        saved = all(f"rng-{self._rank}/{name}" in manifest.tensors for name in room)
-        return room if saved and manifest.plan.world_size == self._plan.world_size else {}
 
     def _set_aside(self, found: CheckpointId, reason: str) -> None:
         assert self.attempt is not None
@@ -429,45 +385,6 @@ class Checkpoints:
         self._notes.append(
             CheckpointNote(id=str(found), step=found.step, outcome="quarantined", code=Damaged.code, message=reason)
         )
-
-    def _by_main(self, act: Callable[[], T]) -> T:
-        """What `act` returns or raises on rank 0, on every rank."""
-        answer: list[Any] = [None, None]
-        if self._rank == 0:
-            try:
-                answer[0] = act()
-            except CheckpointError as problem:
-                answer[1] = problem
-        if self._group is not None:
-            torch.distributed.broadcast_object_list(answer, src=0, group=self._group)
-        if answer[1] is not None:
-            raise answer[1]
-        found: T = answer[0]
-        return found
-
-    def _everyones(self, value: int) -> list[int]:
-        values = [value] * self._plan.world_size
-        if self._group is not None:
-            torch.distributed.all_gather_object(values, value, group=self._group)
-        return values
-
-
-def check_fits(manifest: Manifest, tensors: Mapping[str, LogicalTensor]) -> None:
-    """Raises Unusable if `manifest` is not of the training that has `tensors`."""
-    for name, tensor in tensors.items():
-        saved = manifest.tensors.get(name)
-        if saved is None:
-            raise Unusable(
-                f"{manifest.id} has no {name}",
-                code="checkpoint-differs",
-                hint="were the model, the adapter or the optimizer changed? then begin a new job",
-            )
-        if saved.shape != tensor.shape:
-            raise Unusable(
-                f"{name} has the shape {list(saved.shape)} in {manifest.id}, and {list(tensor.shape)} here",
-                code="checkpoint-differs",
-                hint="were the model, the adapter or the labels changed? then begin a new job",
-            )
 
 
 def passing(boundary: str) -> None:
@@ -480,10 +397,3 @@ def _foreign(draft: Draft, world_size: int) -> dict[str, LogicalTensor]:
     return {
         f"rng-{rank}/{name.partition('/')[2]}": tensor for rank in range(world_size) for name, tensor in own.items()
     }
-
-
-def _first_failure(problem: CheckpointException) -> BaseException:
-    """What happened on the lowest rank that failed."""
-    failures = problem.failures
-    cause: BaseException = failures[min(failures)][0]
-    return cause

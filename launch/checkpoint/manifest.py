@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import xxhash
-from pydantic import ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from launch.contract import ExecutionPlan, Record
 from launch.errors import TuneyardError
@@ -117,8 +117,6 @@ class Shard(Record):
 
 class Manifest(Record):
     """A checkpoint, whole; what it says of the loop is the loop's own."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")  # a metric may be no number
 
     format: int = FORMAT
     id: str

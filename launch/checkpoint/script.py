@@ -44,7 +44,7 @@ class ScriptCheckpoints(Checkpoints):
 
     def _tell(self) -> None:
         notes = self.told()
-        if self._rank == 0 and ENV_PROGRESS_FILE in os.environ:
+        if self._ranks.main and ENV_PROGRESS_FILE in os.environ:
             with Path(os.environ[ENV_PROGRESS_FILE]).open("a", encoding="utf-8") as out:
                 for note in notes:
                     line = ProgressLine(time=time.time(), phase="save", step=note.step, checkpoint=note)

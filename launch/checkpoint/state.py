@@ -1,8 +1,9 @@
 """What training consists of, as ranges of logical tensors: the same names and ranges whatever divides them.
 
 `weight/NAME` is a trained parameter in full precision, `exp_avg/NAME` and so on what the optimizer keeps of it,
-`buffer/NAME` a persistent buffer of the model. Elements of a flattened tensor are numbered; a rank has ranges of them,
-as views of the live memory, so that the same list serves to save and to load.
+`buffer/NAME` a persistent buffer of the model, `best/NAME` a weight of the best evaluation so far. Elements of a
+flattened tensor are numbered; a rank has ranges of them, as views of the live memory, so that the same list serves to
+save and to load.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from launch.checkpoint.manifest import CheckpointError, LogicalTensor
 
 WEIGHT = "weight"
 BUFFER = "buffer"
+BEST = "best"
 STEPS = "optimizer_steps"
 LOSS_SCALE = "loss_scale"
 

@@ -22,6 +22,7 @@ from orchestrator.cli import (
     submit,
     up,
     wait,
+    weights,
 )
 
 app = typer.Typer(
@@ -64,6 +65,9 @@ app.command("wait")(wait.wait)
 app.command("pause")(pause.pause)
 app.command("resume")(pause.resume)
 app.command("cancel")(cancel.cancel)
+checkpoint.app.command("export")(weights.export)
+checkpoint.app.command("import")(weights.import_)
+checkpoint.app.command("diff")(weights.diff)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("nodes")(nodes.nodes)
 app.command("doctor")(doctor.doctor)

@@ -1,4 +1,4 @@
-"""`tuneyard checkpoint export | import | diff`: what needs tensors, and so runs in a process of its own that has torch."""
+"""`tuneyard checkpoint export | import | diff`: what needs tensors, and so runs in a process that has torch."""
 
 from __future__ import annotations
 

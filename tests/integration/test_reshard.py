@@ -85,7 +85,7 @@ def test_any_layout_loads_any_other(yard: Yard, savers: list[str], loaders: list
 
 @pytest.mark.parametrize("layout", ["single", "ddp-2", "zero2-2", "zero3-2"])
 def test_any_step_is_as_good_as_any_other(yard: Yard, layout: str) -> None:
-    """With dropout, in mid-epoch and across an epoch's end: bitwise what it would have been without the interruption."""
+    """With dropout, in mid-epoch and across an epoch's end: bitwise what it would have been without the stop."""
     dropping = yard.spec.model.model_copy(update={"dropout": 0.2})
     spec = yard.spec.model_copy(update={"model": dropping})
     ranks = Yard(spec, yard.root).run(layout, "any", root=str(yard.root / layout), any_step=14)

@@ -43,7 +43,7 @@ def test_a_script_moves_to_another_world_size(tmp_path: Path) -> None:
     assert second.wait()[0].code == ExitCode.DONE, second.logs()
     lines = [json.loads(line) for line in second.files.progress(0).read_text().splitlines()]
     notes = [ProgressLine.model_validate(line).checkpoint for line in lines if "checkpoint" in line]
-    assert [(note.outcome, note.step) for note in notes if note][0] == ("resumed", stopped_at)
+    assert next((note.outcome, note.step) for note in notes if note) == ("resumed", stopped_at)
     assert ("committed", STEPS) in [(note.outcome, note.step) for note in notes if note]
     assert min(line["step"] for line in lines if line["phase"] == "train") == stopped_at + 1
     model = torch.load(Path(second.contract.output_dir) / "model.pt", weights_only=True)
