@@ -52,8 +52,7 @@ def saves(world: World, root: Path, count: int) -> dict[str, Any]:
         found["quiet_step"] += [timed_step(loop) for _ in range(2)]
         # Beside training.
         torch.distributed.barrier()
-        blocked = checkpoints.save(loop.step)
-        found["blocked"].append(together(blocked))
+        checkpoints.save(loop.step)
         pending = checkpoints._pending
         assert pending is not None
         ended: list[float] = []
@@ -67,6 +66,8 @@ def saves(world: World, root: Path, count: int) -> dict[str, Any]:
                 found["saving_step"].append(finished - begun)
                 found["under"].append(min(finished, ended[0] if ended else finished) - begun)
         checkpoints.finish()
+        (note,) = checkpoints.told()
+        found["blocked"].append(together(note.blocked_s or 0.0))
         # Stock, of the same state, while training waits.
         torch.distributed.barrier()
         begun = time.perf_counter()

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from launch.best import Best, BestState
-from launch.checkpoint.checkpoints import Checkpoints, Policy
+from launch.checkpoint.checkpoints import Checkpoints
+from launch.checkpoint.draft import Policy
 from launch.checkpoint.interval import MEAN_TIME_BETWEEN_FAILURES_S, interval
 from launch.checkpoint.manifest import Manifest, Unusable
 from launch.checkpoint.retention import Retention
@@ -151,6 +152,10 @@ class Saving:
         if wait:
             self.finish()
         self.tell()
+
+    def await_copy(self) -> None:
+        """Before weights change other than by the optimizer: the last save may still be copying them."""
+        self._checkpoints.await_copy()
 
     def finish(self) -> None:
         """Wait for what is being written. Raises as `save`."""

@@ -214,6 +214,7 @@ class Loop:
         """Give the model the weights to export, and return the step that they are of."""
         if self.best is None or self.best.state is None:
             return self.step
+        self.saving.await_copy()
         self.best.restore()
         return self.best.state.step
 

@@ -1,7 +1,8 @@
 """Saving and resuming, as a training loop sees it: the life of a checkpoint from the copy to the commit.
 
-A save copies this rank's parts into host memory; a thread writes them, votes, commits and tidies up. The thread has a
-process group of its own, so that its collectives never meet the training's.
+A save leaves everything to a thread: it copies this rank's parts into host memory, writes them, votes, commits and
+tidies up. Training goes on at once, and waits for the copy before the optimizer's next step, which would change what is
+copied. The thread has a process group of its own, so that its collectives never meet the training's.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import os
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from launch.checkpoint import random_state
 from launch.checkpoint.assets import store_assets
 from launch.checkpoint.catalogue import Catalogue
+from launch.checkpoint.draft import Draft, Policy
 from launch.checkpoint.loading import first_failure, load_into
 from launch.checkpoint.manifest import (
     CheckpointError,
@@ -37,44 +39,15 @@ from launch.checkpoint.manifest import (
 )
 from launch.checkpoint.plans import PartsSavePlanner
 from launch.checkpoint.ranks import Ranks
-from launch.checkpoint.retention import Retention
 from launch.checkpoint.shards import ShardWriter, Written
 from launch.checkpoint.snapshot import HostBuffer, Layout, streamed_blocks
-from launch.checkpoint.state import BEST, Part, TrainingState, logical
+from launch.checkpoint.state import BEST, BUFFER, Part, TrainingState, logical
 from launch.checkpoint.storage import Storage
 from launch.checkpoint.tidy import Tidier
 from launch.contract import CheckpointNote, ExecutionPlan
 
 # One process has no group, and DCP says so at every save.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How to save, beside when."""
-
-    retention: Retention = field(default_factory=Retention)
-    metric: str | None = None
-    """Which of a checkpoint's metrics retention.keep_best looks at."""
-    asynchronous: bool = True
-    host_memory: int | None = None
-    """Bytes of a rank's copy; more is written straight from the live tensors while training waits. None: half of what
-    is free on the host, by rank."""
-    stop_on_error: bool = False
-    """Whether a save that fails ends the training, or training goes on with the checkpoints that there are."""
-
-
-@dataclass
-class Draft:
-    """What is to become a manifest."""
-
-    step: int
-    samples: int
-    loop: dict[str, Any]
-    metrics: dict[str, float] | None
-    scalars: dict[str, float]
-    tensors: dict[str, LogicalTensor]
-    parts: list[Part] = field(repr=False)
 
 
 class Checkpoints:
@@ -99,6 +72,9 @@ class Checkpoints:
         self._ranks = Ranks(rank, plan.world_size)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[CheckpointNote] | None = None
+        self._draft: Draft | None = None
+        this = weakref.ref(self)  # the optimizer lives longer
+        state.before_step(lambda: found.await_copy() if (found := this()) is not None else None)
         self._notes: list[CheckpointNote] = []
         self._buffer: HostBuffer | None = None
         self._preparing: Future[HostBuffer] | None = None
@@ -160,17 +136,17 @@ class Checkpoints:
         best: Mapping[str, torch.Tensor] | None = None,
         wait: bool = False,
     ) -> float:
-        """Save the state as of `step`; returns for how many seconds training was held up.
+        """Save the state as of `step`; returns for how many seconds training was held up so far.
 
-        A save that is still being written is waited for: there is one buffer. What becomes of this one `news` tells;
-        with `wait` it is known when this returns.
+        A save that is still being written is waited for: there is one buffer. What becomes of this one, and for how
+        long training has waited in all, `news` tells; with `wait` it is known when this returns.
 
         Raises:
             Superseded: an earlier save found a higher attempt.
             CheckpointError: an earlier save failed (with `wait`, this one), and the policy is to stop.
         """
-        self.finish()
         begun = time.perf_counter()
+        self.finish()
         if self._preparing is not None:
             self._preparing.result()
             self._preparing = None
@@ -184,20 +160,32 @@ class Checkpoints:
         layout = Layout(parts)
         if self._policy.asynchronous and self._fits(layout, with_best=bool(best)):
             buffer = self._buffer if self._buffer and self._buffer.layout == layout else self._take_buffer(layout)
-            buffer.copy(parts)
-            passing("copied")
-            blocked = time.perf_counter() - begun
-            self._pending = self._thread.submit(self._write, draft, layout, buffer.blocks, blocked)
+            # A forward pass changes buffers; they are small.
+            kept = [p._replace(tensor=p.tensor.clone()) if p.name.startswith(f"{BUFFER}/") else p for p in parts]
+            after = torch.cuda.current_stream().record_event() if self._plan.device == "cuda" else None
+            self._pending = self._thread.submit(
+                self._write, draft, layout, buffer.blocks, functools.partial(buffer.copy, kept, after)
+            )
+            self._draft = draft
         else:
-            # In the thread, too: it is its process group.
+            # In the thread, too: it has the process group.
             self._pending = self._thread.submit(
                 self._write, draft, layout, lambda: streamed_blocks(layout, parts), None
             )
             wait = True
+        draft.blocked_s = time.perf_counter() - begun
         if wait:
             self.finish()
-            blocked = time.perf_counter() - begun
-        return blocked
+            draft.blocked_s = time.perf_counter() - begun
+        return draft.blocked_s
+
+    def await_copy(self) -> None:
+        """Wait until what the last save is of has been copied. Before weights change, other than by the optimizer."""
+        if self._draft is not None:
+            begun = time.perf_counter()
+            self._draft.copied.wait()
+            self._draft.blocked_s += time.perf_counter() - begun
+            self._draft = None
 
     def finish(self) -> None:
         """Wait until the last save is committed or has failed. Raises as `save` does."""
@@ -265,11 +253,19 @@ class Checkpoints:
         self._buffer = HostBuffer(layout, pinned=self._plan.device == "cuda")
         return self._buffer
 
-    def _write(self, draft: Draft, layout: Layout, blocks: Callable[[], Any], blocked: float | None) -> CheckpointNote:
-        """In the thread: shards, vote, commit, retention. What goes wrong is in the note, the same on all ranks."""
+    def _write(
+        self, draft: Draft, layout: Layout, blocks: Callable[[], Any], copy: Callable[[], None] | None
+    ) -> CheckpointNote:
+        """In the thread: copy, shards, vote, commit, retention. What goes wrong is in the note, on all ranks."""
         assert self.attempt is not None, "resume() begins the attempt"
         key = CheckpointId(draft.step, self.attempt)
         file = f"{key}/rank-{self._ranks.rank}.safetensors"
+        if copy is not None:
+            try:
+                copy()
+            finally:
+                draft.copied.set()
+        passing("copied")
         begun = time.perf_counter()
         told: dict[str, float] = {}
 
@@ -302,7 +298,7 @@ class Checkpoints:
                 self._clear(key)
             return CheckpointNote(
                 id=str(key), step=draft.step, outcome="failed",
-                code=cause.code, message=cause.message, hint=cause.hint, blocked_s=blocked,
+                code=cause.code, message=cause.message, hint=cause.hint, blocked_s=draft.blocked_s,
             )  # fmt: skip
         self._parent = key
         took = time.perf_counter() - begun
@@ -310,7 +306,7 @@ class Checkpoints:
             self._tidy(key, draft.metrics)
         return CheckpointNote(
             id=str(key), step=draft.step, outcome="committed", bytes=int(told.get("bytes", 0)),
-            blocked_s=took if blocked is None else blocked, save_s=took,
+            blocked_s=took if copy is None else draft.blocked_s, save_s=took,
             write_s=told.get("write_s"), hash_s=told.get("hash_s"),
         )  # fmt: skip
 

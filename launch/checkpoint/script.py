@@ -11,7 +11,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from launch.attempt import ENV_CHECKPOINT_DIR, ENV_PROGRESS_FILE, ENV_RUN_ID
-from launch.checkpoint.checkpoints import Checkpoints, Policy
+from launch.checkpoint.checkpoints import Checkpoints
+from launch.checkpoint.draft import Policy
 from launch.checkpoint.manifest import Manifest
 from launch.checkpoint.state import ZeroState, state_of
 from launch.checkpoint.storage import open_storage

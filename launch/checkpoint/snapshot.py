@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from launch.checkpoint.manifest import BLOCK, Fragment
@@ -77,20 +79,29 @@ class HostBuffer:
             self._bytes.zero_()  # the first copy need not wait for the kernel to find the pages
         header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
         self._bytes[: len(layout.header)] = header
-        self._views = [
-            self._bytes[f.offset : f.offset + f.length * dtype.itemsize].view(dtype)
+        self._pieces = [
+            self._bytes[f.offset : f.offset + f.length * dtype.itemsize]
             for f, dtype in zip(layout.fragments, layout.dtypes, strict=True)
         ]
 
-    def copy(self, parts: Sequence[Part]) -> None:
-        """Copy `parts`, which lie as those the layout was made of; when this returns they may change."""
-        device = None
-        for view, index in zip(self._views, self.layout.order, strict=True):
-            source = parts[index].tensor
-            view.copy_(source, non_blocking=source.is_cuda)
-            device = source.device if source.is_cuda else device
-        if device is not None:
-            torch.cuda.current_stream(device).synchronize()
+    def copy(self, parts: Sequence[Part], after: torch.cuda.Event | None = None) -> None:
+        """Copy `parts`, which lie as those the layout was made of; when this returns they may change.
+
+        From any thread: a GPU's go over a stream of their own, once `after` has passed; the host's by this thread
+        alone, since torch's would take the cores of those that compute.
+        """
+        stream = torch.cuda.Stream() if after is not None else None
+        if stream is not None:
+            stream.wait_event(after)  # type: ignore[arg-type]
+        with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+            for piece, index in zip(self._pieces, self.layout.order, strict=True):
+                source = parts[index].tensor.view(torch.uint8)
+                if source.is_cuda:
+                    piece.copy_(source, non_blocking=True)
+                else:
+                    np.copyto(piece.numpy(), source.numpy())
+        if stream is not None:
+            stream.synchronize()
 
     def blocks(self) -> Iterator[memoryview]:
         """The file, BLOCK bytes at a time."""

@@ -8,7 +8,7 @@ save and to load.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -43,6 +43,9 @@ class TrainingState(Protocol):
 
     def loaded(self) -> None:
         """Bring everything in line with `parts`, which were written to. All ranks call it."""
+
+    def before_step(self, hook: Callable[[], None]) -> None:
+        """Have `hook` called before every step of the optimizer: the one thing that changes weights and moments."""
 
     def scalars(self) -> dict[str, float]: ...
 
@@ -95,6 +98,9 @@ class PlainState:
 
     def loaded(self) -> None:
         exchange(self._live(), self._world_size)
+
+    def before_step(self, hook: Callable[[], None]) -> None:
+        self._optimizer.register_step_pre_hook(lambda *_: hook())
 
     def scalars(self) -> dict[str, float]:
         found = {STEPS: steps_taken(self._optimizer)}
@@ -157,6 +163,9 @@ class ZeroState:
                 zero.persistent_parameters[0].partition(zero.persistent_parameters)
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
         exchange(buffers(self._module), self._world_size)
+
+    def before_step(self, hook: Callable[[], None]) -> None:
+        self._zero.optimizer.register_step_pre_hook(lambda *_: hook())
 
     def scalars(self) -> dict[str, float]:
         found = {STEPS: steps_taken(self._zero.optimizer)}
