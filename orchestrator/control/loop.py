@@ -31,6 +31,8 @@ from orchestrator.errors import ConflictError, ExecutorError, LeaseLostError, St
 from orchestrator.execute.protocol import Executor
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
 from orchestrator.job.spec import FromEnvironment, TrainingJob
+from orchestrator.recover.classify import Outcome
+from orchestrator.recover.reliability import LOOK_BACK_S, Ran, mean_time_between_failures
 from orchestrator.settings import Settings
 from orchestrator.store.rows import JobRow, Lease
 from orchestrator.store.store import Store
@@ -163,7 +165,7 @@ class Controller:
         except ExecutorError as problem:
             log.warning("node does not answer", job=action.job_id, error=problem.message)
             return
-        contract = self._contract(action, row, port)
+        contract = self._contract(action, row, port, self._mtbf_s(len(action.placement.shares), now))
         reason = Reason(code=ReasonCode.STARTING, sentence=f"attempt {action.number} starts")
         try:
             with self.store.acting(lease) as write:
@@ -200,7 +202,17 @@ class Controller:
                 result=action.result,
             )
 
-    def _contract(self, action: StartAttempt, row: JobRow, port: int) -> RunContract:
+    def _mtbf_s(self, nodes: int, now: float) -> float:
+        """How long a gang of so many nodes has lasted on this yard: how often to save depends on it."""
+        ended = self.store.ended_attempts(now - LOOK_BACK_S)
+        history = [
+            Ran(row.ended_at - row.started_at, len(row.held.shares), Outcome(row.outcome))
+            for row in ended
+            if row.ended_at is not None and row.started_at is not None and row.outcome is not None
+        ]
+        return mean_time_between_failures(history, nodes)
+
+    def _contract(self, action: StartAttempt, row: JobRow, port: int, mtbf_s: float) -> RunContract:
         job = row.job
         folder = job_dir(self.settings.root, action.job_id)
         training = job if isinstance(job, TrainingJob) else None
@@ -222,6 +234,7 @@ class Controller:
             env={name: value for name, value in job.env.items() if isinstance(value, str)},
             env_from={name: value.from_env for name, value in job.env.items() if isinstance(value, FromEnvironment)},
             leash_s=self.settings.leash,
+            mtbf_s=mtbf_s,
             origin=row.origin or Origin(),
         )
 

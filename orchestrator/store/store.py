@@ -165,6 +165,18 @@ class Store:
         """Attempts of all jobs that have not ended."""
         return self._attempts(schema.attempts.c.state != "ended")
 
+    def ended_attempts(self, since: float, limit: int = 2000) -> list[AttemptRow]:
+        """The newest attempts that ran and ended after `since`, of all jobs."""
+        table = schema.attempts
+        query = (
+            sa.select(table)
+            .where(table.c.ended_at > since, table.c.started_at.is_not(None), table.c.outcome.is_not(None))
+            .order_by(table.c.ended_at.desc())
+            .limit(limit)
+        )
+        with self._errors(), self.engine.connect() as connection:
+            return [AttemptRow.model_validate(dict(row)) for row in connection.execute(query).mappings()]
+
     def events(self, job_id: str, after: int = 0, limit: int = 1000) -> list[EventRow]:
         """Events of a job with an id above `after`, oldest first."""
         query = (

@@ -29,9 +29,10 @@ def test_after_a_kill_the_newest_whole_checkpoint_is_resumed(tmp_path: Path) -> 
     [
         ("marker-first", "committed", "torn_commits"),
         ("without-marker", "manifest-written", "resumed_from_incomplete"),
+        ("unawaited-copy", "tidied", "wrong_after_resume"),
     ],
 )
-def test_a_wrong_order_is_told_apart(tmp_path: Path, mistake: str, boundary: str, counted: str) -> None:
+def test_a_mistake_is_told_apart(tmp_path: Path, mistake: str, boundary: str, counted: str) -> None:
     figures = Crashes(tmp_path, seed=7, mistake=mistake, boundaries=(boundary,)).kill(2)
     assert getattr(figures, counted) > 0
     assert figures.wrong
