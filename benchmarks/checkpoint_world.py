@@ -66,8 +66,7 @@ def saves(world: World, root: Path, count: int) -> dict[str, Any]:
                 found["saving_step"].append(finished - begun)
                 found["under"].append(min(finished, ended[0] if ended else finished) - begun)
         checkpoints.finish()
-        (note,) = checkpoints.told()
-        found["blocked"].append(together(note.blocked_s or 0.0))
+        found["blocked"].append(together(pending.result().blocked_s or 0.0))
         # Stock, of the same state, while training waits.
         torch.distributed.barrier()
         begun = time.perf_counter()

@@ -18,6 +18,7 @@ from launch.attempt import AttemptFiles
 from launch.contract import RunContract
 from launch.data import load_corpus
 from launch.engine import Engine, build_engine, make_accelerator
+from launch.host import take_share
 from launch.model import build_model, load_tokenizer
 from launch.objective import objective_of
 from launch.progress import Progress
@@ -39,6 +40,7 @@ class World:
         assert spec is not None
         self.contract, self.files = contract, AttemptFiles(contract.run_dir)
         self.files.rank(rank).mkdir(parents=True, exist_ok=True)
+        take_share(contract.plan.device).pin()
         accelerator = make_accelerator(contract.plan, spec.train, (), contract.tracker_dir)
         self.tokenizer = load_tokenizer(spec.model, None)
         self.corpus = load_corpus(spec, self.tokenizer)

@@ -39,7 +39,7 @@ from launch.checkpoint.manifest import (
 )
 from launch.checkpoint.plans import PartsSavePlanner
 from launch.checkpoint.ranks import Ranks
-from launch.checkpoint.shards import ShardWriter, Written
+from launch.checkpoint.shards import Pace, ShardWriter, Written
 from launch.checkpoint.snapshot import HostBuffer, Layout, streamed_blocks
 from launch.checkpoint.state import BEST, BUFFER, Part, TrainingState, logical
 from launch.checkpoint.storage import Storage
@@ -73,6 +73,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[CheckpointNote] | None = None
         self._draft: Draft | None = None
+        self._pace = Pace()
         this = weakref.ref(self)  # the optimizer lives longer
         state.before_step(lambda: found.await_copy() if (found := this()) is not None else None)
         self._notes: list[CheckpointNote] = []
@@ -147,6 +148,7 @@ class Checkpoints:
         """
         begun = time.perf_counter()
         self.finish()
+        self._pace.hurry.clear()
         if self._preparing is not None:
             self._preparing.result()
             self._preparing = None
@@ -191,6 +193,7 @@ class Checkpoints:
         """Wait until the last save is committed or has failed. Raises as `save` does."""
         if self._pending is None:
             return
+        self._pace.hurry.set()
         note = self._pending.result()
         self._pending = None
         self._notes.append(note)
@@ -201,6 +204,7 @@ class Checkpoints:
     def let_finish(self, seconds: float) -> None:
         """Wait for the last save, but no longer, and without a word if it fails: something else has gone wrong."""
         if self._pending is not None:
+            self._pace.hurry.set()
             futures.wait([self._pending], timeout=seconds)
 
     def failed(self) -> bool:
@@ -276,11 +280,12 @@ class Checkpoints:
             told["hash_s"] = max(one.hash_s for one in written)
             self._commit(draft, [one.shard for one in written])
 
+        pace = self._pace if self._plan.device == "cpu" else None
         try:
             passing("shard-begun")
             save(
                 {},
-                storage_writer=ShardWriter(self._storage, file, layout, blocks, finish),
+                storage_writer=ShardWriter(self._storage, file, layout, blocks, finish, pace),
                 planner=PartsSavePlanner(draft.parts, draft.tensors),
                 process_group=self._ranks.group,
             )

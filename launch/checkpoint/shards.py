@@ -5,6 +5,7 @@ Every block is hashed as it is written and checked as it is read, before a byte 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,28 @@ READERS = 4
 """Threads of a rank that read: an object store answers many requests as fast as one."""
 
 
+class Pace:
+    """Leaves most of a core to the training that the thread writes beside: on a CPU they share it.
+
+    A thread that has computed for some time rests SHARE_LEFT times as long, until somebody waits for it.
+    """
+
+    SHARE_LEFT = 9.0
+
+    def __init__(self) -> None:
+        self.hurry = threading.Event()
+        """Set while somebody waits."""
+        self._before = 0.0
+
+    def begin(self) -> None:
+        self._before = time.thread_time()
+
+    def rest(self) -> None:
+        now = time.thread_time()
+        self.hurry.wait(self.SHARE_LEFT * (now - self._before))
+        self._before = time.thread_time()
+
+
 class Written(NamedTuple):
     """What became of one rank's file."""
 
@@ -44,9 +67,10 @@ class ShardWriter(StorageWriter):
         layout: Layout,
         blocks: Callable[[], Iterator[memoryview]],
         finish: Callable[[list[Written]], None],
+        pace: Pace | None = None,
     ) -> None:
         self._storage, self._file, self._layout = storage, file, layout
-        self._blocks, self._finish = blocks, finish
+        self._blocks, self._finish, self._pace = blocks, finish, pace
 
     def reset(self, checkpoint_id: str | PathLike[str] | None = None) -> None:
         pass
@@ -66,11 +90,15 @@ class ShardWriter(StorageWriter):
 
         def hashed() -> Iterator[memoryview]:
             nonlocal hash_s
+            if self._pace is not None:
+                self._pace.begin()
             for block in self._blocks():
                 before = time.perf_counter()
                 hashes.append(hash_of(block))
                 hash_s += time.perf_counter() - before
                 yield block
+                if self._pace is not None:
+                    self._pace.rest()
 
         begun = time.perf_counter()
         self._storage.write(self._file, hashed())
