@@ -78,12 +78,12 @@ def saves(world: World, root: Path, count: int) -> dict[str, Any]:
         # The same bytes by the same processes to fresh files, and nothing else; then ours, nothing else running.
         checkpoints.news()
         for kind in ("bare", "save") if index % 2 else ("save", "bare"):
+            loop.train_step()
+            os.sync()  # what was deleted before, and written, is not this one's to wait for
             torch.distributed.barrier()
             if kind == "bare":
                 found["bare"].append(together(bare(checkpoints, root / f"bare-{index}-{world.rank}")))
             else:
-                loop.train_step()
-                torch.distributed.barrier()
                 checkpoints.save(loop.step, wait=True)
                 (note,) = [note for note in checkpoints.news() if note.outcome == "committed"]
                 size = checkpoints._buffer.layout.size if checkpoints._buffer else 0
