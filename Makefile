@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup examples demo test lint format bench-latency bench-standby bench-train chaos clean
+.PHONY: help setup examples demo test lint format bench-latency bench-standby bench-train bench-checkpoint chaos clean
 
 help:
 	@echo "make demo           set up, then fine-tune MiniLM on two processes through a local yard"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench-latency  measure how long a job takes from submit to its first step"
 	@echo "make bench-standby  measure how long an attempt takes to its first step, with a standby and without"
 	@echo "make bench-train    measure training on this CPU beside the textbook's loop, transformers' Trainer and TRL"
+	@echo "make bench-checkpoint  measure what saving and loading a GiB of state costs beside stock ways"
 	@echo "make chaos          kill a rank in 200 saves, damage 1000 checkpoints, and see what the next attempt resumes from"
 	@echo "make clean          remove caches, .venv and the example yard (.tuneyard)"
 
@@ -103,6 +104,9 @@ bench-train: examples
 
 bench-standby: examples
 	$(BIN)/python -m benchmarks.standby
+
+bench-checkpoint: setup
+	$(BIN)/python -m benchmarks.checkpoint
 
 chaos: setup
 	$(BIN)/python -m benchmarks.checkpoint_crash --kills 200 --flips 1000

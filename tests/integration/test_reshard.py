@@ -1,6 +1,6 @@
 """Every layout loads every other's checkpoints: bitwise what was saved, and a real forward pass agrees.
 
-`pytest -m reshard` runs every ordered pair of nine layouts; the suite runs a quarter of them.
+`pytest -m reshard` runs every ordered pair of eleven layouts; the suite runs a part of them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from tests.reshard import ENV_TASK, STEPS
 from tests.worlds import a_contract, a_plan, a_spec, start, write_bert, write_messages
 
 LAYOUTS = {
-    "single": ("single", 1),
-    **{f"{engine}-{size}": (engine, size) for size in (2, 4) for engine in ("ddp", "zero1", "zero2", "zero3")},
+    "single": ("single", 1, "none"),
+    **{f"{engine}-{size}": (engine, size, "none") for size in (2, 4) for engine in ("ddp", "zero1", "zero2", "zero3")},
+    "zero2-2-offload": ("zero2", 2, "optimizer"),
+    "zero3-2-offload": ("zero3", 2, "all"),
 }
-QUARTER = (["single", "ddp-4", "zero1-2", "zero2-4", "zero3-2"], ["single", "ddp-2", "zero2-2", "zero3-4"])
+QUARTER = (["single", "ddp-4", "zero1-2", "zero2-4", "zero3-2"], ["single", "ddp-2", "zero2-2-offload", "zero3-4"])
 EVERYTHING = (list(LAYOUTS), list(LAYOUTS))
 
 
@@ -33,8 +35,8 @@ class Yard:
 
     def run(self, layout: str, folder: str, **task: Any) -> list[dict[str, Any]]:
         """One world; what each rank found."""
-        engine, size = LAYOUTS[layout]
-        plan = a_plan(self.spec, engine, size, 4)
+        engine, size, offload = LAYOUTS[layout]
+        plan = a_plan(self.spec, engine, size, 4, offload=offload)
         contract = a_contract(self.root / folder / layout, plan, self.spec)
         launched = start(contract, {ENV_TASK: json.dumps({"root": str(self.root), **task})}, module="tests.reshard")
         launched.wait(240)

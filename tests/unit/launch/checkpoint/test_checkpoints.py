@@ -220,3 +220,16 @@ def test_stored_tensors_are_whole(tmp_path: Path) -> None:
     assert sorted(stored.names("weight")) == sorted(name for name, _ in training.module.named_parameters())
     assert all(torch.equal(stored.read(f"weight/{n}"), p.detach()) for n, p in training.module.named_parameters())
     assert int(stored.read("buffer/1.num_batches_tracked")) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies from a GPU go through pinned memory")
+def test_a_gpu_is_copied_from_beside_its_work(tmp_path: Path) -> None:
+    layout_of = [Part("weight/w", 0, torch.randn(1 << 20, device="cuda"))]
+    buffer = HostBuffer(Layout(layout_of), pinned=True)
+    expected = layout_of[0].tensor.cpu()
+    after = torch.cuda.current_stream().record_event()
+    buffer.copy(layout_of, after)
+    layout_of[0].tensor.zero_()
+    (tmp_path / "shard.safetensors").write_bytes(b"".join(buffer.blocks()))
+    assert torch.equal(load_file(tmp_path / "shard.safetensors")["weight/w[0]"], expected)
