@@ -131,12 +131,24 @@ def launch(order: dict[str, Any]) -> None:
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
 
     import accelerate.commands.launch as accelerate_launch
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
     from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
+    gate = Gate()
+    begin = SubprocessContext._start
+
     def forked(_handler: SubprocessHandler, args: tuple[Any, ...], env: dict[str, str]) -> Any:
-        return Forked(args, env, new_session=True)
+        return Forked(args, env, new_session=True, gate=gate)
+
+    def begin_together(context: SubprocessContext) -> None:
+        gate.close()
+        try:
+            begin(context)  # type: ignore[no-untyped-call]
+        finally:
+            gate.open()
 
     SubprocessHandler._popen = forked  # type: ignore[assignment]  # the ranks of a gang
+    SubprocessContext._start = begin_together  # type: ignore[method-assign]
     accelerate_launch.subprocess = SimpleNamespace(  # and the one process of no gang
         Popen=Forked, CalledProcessError=subprocess.CalledProcessError
     )
@@ -160,10 +172,37 @@ def show_run_id(run_id: str) -> None:
     ctypes.memmove(address - len(ENV_RESERVED) - 1, shown.ljust(room, b"\0"), room)
 
 
+class Gate:
+    """Keeps forked ranks waiting until all of the node are forked.
+
+    A rank that runs connects to the store in this process, whose thread then looks up its name, and a fork meanwhile
+    would inherit the C library's lock on that for good.
+    """
+
+    def __init__(self) -> None:
+        self._ends: tuple[int, int] | None = None
+
+    def close(self) -> None:
+        self._ends = os.pipe()
+
+    def open(self) -> None:
+        if self._ends is not None:
+            for end in self._ends:
+                os.close(end)
+            self._ends = None
+
+    def wait(self) -> None:
+        """In a fork: until `open` is called, or the launcher is gone."""
+        if self._ends is not None:
+            reading, writing = self._ends
+            os.close(writing)  # this process's own; the launcher's is what counts
+            os.read(reading, 1)
+
+
 class Forked:
     """A rank, as subprocess.Popen would hold it: a fork of this process that runs the module after `-m`."""
 
-    def __init__(self, args: Any, env: dict[str, str], *, new_session: bool = False) -> None:
+    def __init__(self, args: Any, env: dict[str, str], *, new_session: bool = False, gate: Gate | None = None) -> None:
         self.args = [str(arg) for arg in args]  # python -u -m launch --contract FILE
         self.returncode: int | None = None
         sys.stdout.flush()
@@ -172,6 +211,8 @@ class Forked:
         if self.pid == 0:
             if new_session:
                 os.setsid()
+            if gate is not None:
+                gate.wait()
             _become_rank(self.args[self.args.index("-m") + 1 :], env)
 
     def poll(self) -> int | None:

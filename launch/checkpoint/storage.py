@@ -84,6 +84,10 @@ def open_storage(url: str) -> Storage:
         ) from problem
 
 
+ANSWER_S = 600
+"""How long a store may take for one answer; botocore's own minute is short for a loaded one."""
+
+
 class LocalStorage:
     """A directory of a POSIX file system, local or shared. Durable means: fsync of the file and of its directory."""
 
@@ -192,7 +196,8 @@ class ObjectStorage:
         self.url = url.rstrip("/")
         # Listings must be of now: other processes write here. Ranks are threads of one program for fsspec, too.
         self._fs: Any
-        self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        options = {"config_kwargs": {"read_timeout": ANSWER_S}} if self.url.startswith("s3") else {}
+        self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)
 
     def create(self, name: str, data: bytes) -> bool:
         for _ in range(CREATE_TRIES):
