@@ -30,6 +30,7 @@ from launch.checkpoint.manifest import (
     Manifest,
     Quarantine,
     Superseded,
+    Unusable,
     hash_of,
     read_claim,
     read_commit,
@@ -218,7 +219,7 @@ class Catalogue:
             how = "is missing"
         except Damaged as problem:
             how = problem.message
-        raise CheckpointError(
+        raise Unusable(
             f"{name} in {self.storage.url} {how}: which checkpoints count cannot be known",
             code="claim-damaged",
             hint="restore that file; without it the claim before it would decide, with more or fewer of them",
