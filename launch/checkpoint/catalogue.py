@@ -56,6 +56,11 @@ class Listing:
     """The highest attempt that has begun; 0 if none has."""
     claims: Mapping[int, Claim]
 
+    @property
+    def last_attempt(self) -> int:
+        """The highest that has left a trace; 0 if none has. Checkpoints that were copied here come without claims."""
+        return max(self.begun, *(found.attempt for found in (*self.committed, *self.unfinished)), 0)
+
     def lineage(self) -> tuple[CheckpointId, ...]:
         """The committed checkpoints of the newest claim's lineage, the newest first; quarantined ones are not in it."""
         return tuple(found for found in self._counting() if found not in self.quarantined)

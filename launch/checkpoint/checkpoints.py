@@ -350,7 +350,7 @@ class Checkpoints:
 
     def _begin(self) -> tuple[int, list[CheckpointId], int]:
         """Which attempt this is, what it may start from, and how many more were set aside."""
-        attempt = self._catalogue.listing().begun + 1 if self.attempt is None else self.attempt
+        attempt = self._catalogue.listing().last_attempt + 1 if self.attempt is None else self.attempt
         self._catalogue.begin(attempt)
         listing = self._catalogue.listing()
         return attempt, list(listing.lineage()), len(listing.set_aside())
