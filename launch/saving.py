@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from launch.best import Best, BestState
 from launch.checkpoint.checkpoints import Checkpoints
 from launch.checkpoint.draft import Policy
 from launch.checkpoint.interval import MEAN_TIME_BETWEEN_FAILURES_S, interval
-from launch.checkpoint.manifest import Manifest, Unusable
+from launch.checkpoint.manifest import CheckpointError, Manifest, Unusable
 from launch.checkpoint.retention import Retention
 from launch.checkpoint.storage import open_storage
 from launch.config import TrainSpec
@@ -138,6 +139,8 @@ class Saving:
         Raises:
             CheckpointError: as Checkpoints.save.
         """
+        if wait:
+            self.finish()  # all ranks know then whether this very step is saved, or has failed to be
         if self._saved_at != step:
             self._last = time.monotonic()
             self._progress.phase("save", step, samples=consumed)
@@ -150,8 +153,6 @@ class Saving:
                 wait=wait,
             )
             self._saved_at = step
-        if wait:
-            self.finish()
         self.tell()
 
     def await_copy(self) -> None:
@@ -165,6 +166,11 @@ class Saving:
         finally:
             self.tell()
 
+    def conclude(self) -> None:
+        """Wait for what is being written, at the end of a training whose model is there: a save that fails is told."""
+        with contextlib.suppress(CheckpointError):
+            self.finish()
+
     def let_finish(self) -> None:
         """Give what is being written a little time to be committed, whatever it is that ends this rank."""
         self._checkpoints.let_finish(LAST_MINUTE_S)
@@ -175,6 +181,8 @@ class Saving:
         for note in self._checkpoints.news():
             if note.outcome == "committed" and note.blocked_s is not None and note.save_s is not None:
                 self._auto_s = interval(note.blocked_s, note.save_s, self._mtbf_s)
+            if note.outcome == "failed" and note.step == self._saved_at:
+                self._saved_at = None  # a planned stop at this step tries again
             if self._rank == 0:
                 self._progress.checkpoint(note)
                 if note.outcome in ("failed", "not-tidied"):

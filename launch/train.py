@@ -92,7 +92,7 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     progress.phase("export", loop.step, loop.steps, loop.consumed)
     outcome = Outcome(step, metrics, classes, tuple(samples), corpus.dropped, tuple(progress.curve))
     export(engine, tokenizer, spec, corpus.labels, outcome, record, Path(contract.output_dir))
-    saving.finish()
+    saving.conclude()
     for tracker in accelerator.trackers:
         tracker.finish()
     progress.phase("done", loop.step, loop.steps, loop.consumed)

@@ -13,7 +13,7 @@ import s3fs
 
 from launch.checkpoint.assets import store_assets
 from launch.checkpoint.catalogue import Catalogue
-from launch.checkpoint.manifest import BLOCK, CheckpointId, Fragment, LogicalTensor, Manifest, Shard, block_hashes
+from launch.checkpoint.manifest import BLOCK, CheckpointId, Fragment, LogicalTensor, Manifest, Shard, hash_of
 from launch.checkpoint.storage import RangeReader, Storage, open_storage
 from launch.contract import ExecutionPlan
 from tests.s3 import an_object_store
@@ -41,7 +41,7 @@ def a_manifest(
         Shard(
             file=file,
             size=len(data),
-            blocks=block_hashes(data[at : at + BLOCK] for at in range(0, len(data), BLOCK)),
+            blocks=tuple(hash_of(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK)),
             fragments=tuple(
                 Fragment(name=name, start=rank * share, length=share, offset=4 * share * place)
                 for place, name in enumerate(("weight/w", "exp_avg/w"))
@@ -74,7 +74,7 @@ def commit(storage: Storage, step: int, attempt: int = 1, **changes: Any) -> Che
     for file, data in files.items():
         storage.write(f"{manifest.id}/{file}", [memoryview(data)])
     Catalogue(storage).commit(manifest)
-    return manifest.key
+    return CheckpointId(manifest.step, manifest.attempt)
 
 
 def begin(storage: Storage, attempt: int, starts_from: CheckpointId | None = None) -> None:
@@ -106,7 +106,7 @@ def a_store(storage: Storage) -> dict[str, CheckpointId]:
     begin(storage, 2, made["parent"])
     # The marker of a commit that was looked at before attempt 2 began, and lands after.
     _land(storage, late)
-    made["superseded"] = late.key
+    made["superseded"] = CheckpointId(late.step, late.attempt)
     made["newest"] = commit(storage, 30, 2, parent=str(made["parent"]), ranks=4, metrics={"loss": 0.125})
     storage.write("step-60.attempt-2/rank-0.safetensors", [memoryview(b"half")])
     made["left"], made["writing"] = CheckpointId(50, 1), CheckpointId(60, 2)

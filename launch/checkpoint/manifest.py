@@ -17,7 +17,6 @@ Nothing is renamed and nothing is written twice, so an object store gives the sa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import xxhash
@@ -140,10 +139,6 @@ class Manifest(Record):
     shards: tuple[Shard, ...]
 
     @property
-    def key(self) -> CheckpointId:
-        return CheckpointId(self.step, self.attempt)
-
-    @property
     def size(self) -> int:
         """Bytes of all shards."""
         return sum(shard.size for shard in self.shards)
@@ -182,10 +177,6 @@ class Quarantine(Record):
 def hash_of(data: bytes | memoryview) -> str:
     """XXH3, 64 bits: finds what storage does to bytes, not what an adversary does."""
     return xxhash.xxh3_64_hexdigest(data)
-
-
-def block_hashes(blocks: Iterable[bytes | memoryview]) -> tuple[str, ...]:
-    return tuple(hash_of(block) for block in blocks)
 
 
 def block_range(index: int, size: int) -> tuple[int, int]:

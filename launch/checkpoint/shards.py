@@ -18,10 +18,11 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from launch.checkpoint.manifest import BLOCK, Damaged, Fragment, Manifest, Shard, block_range, hash_of
+from launch.checkpoint.blocks import read_block
+from launch.checkpoint.manifest import BLOCK, Damaged, Fragment, Manifest, Shard, hash_of
 from launch.checkpoint.plans import metadata_of
 from launch.checkpoint.snapshot import Layout, bytes_of, dtype_of
-from launch.checkpoint.storage import RangeReader, Storage
+from launch.checkpoint.storage import Storage
 
 READERS = 4
 """Threads of a rank that read: an object store answers many requests as fast as one."""
@@ -213,24 +214,13 @@ class ShardReader(StorageReader):
             try:
                 with self._storage.reader(name) as reader:
                     for block in (block for of, block in places if of == index):
-                        size = self._read_block(reader, shard, block, staging)
-                        total += size
+                        total += len(read_block(reader, name, shard, block, bytes_of(staging)))
                         for offset, dtype, target in copies[index, block]:
                             found = staging[offset : offset + len(target) * dtype.itemsize].view(dtype)
                             target.copy_(found)
             except FileNotFoundError as problem:
                 raise Damaged(f"{name} is missing") from problem
         return total
-
-    def _read_block(self, reader: RangeReader, shard: Shard, block: int, staging: torch.Tensor) -> int:
-        first, last = block_range(block, shard.size)
-        memory = bytes_of(staging)[: last - first]
-        name = f"{self._manifest.id}/{shard.file}"
-        if reader.read_into(first, memory) != last - first:
-            raise Damaged(f"{name} ends before byte {last}: it was written in part, or cut")
-        if hash_of(memory) != shard.blocks[block]:
-            raise Damaged(f"{name} differs from what was written between bytes {first} and {last}")
-        return last - first
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | PathLike[str]) -> bool:

@@ -6,7 +6,8 @@ from collections import OrderedDict
 
 import torch
 
-from launch.checkpoint.manifest import BLOCK, Damaged, Fragment, Manifest, block_range, hash_of
+from launch.checkpoint.blocks import read_block
+from launch.checkpoint.manifest import BLOCK, Damaged, Fragment, Manifest, block_range
 from launch.checkpoint.snapshot import bytes_of, dtype_of
 from launch.checkpoint.storage import Storage
 
@@ -66,10 +67,8 @@ class StoredTensors:
         name = f"{self.manifest.id}/{shard.file}"
         try:
             with self._storage.reader(name) as reader:
-                read = reader.read_into(first, bytes_of(found))
+                read_block(reader, name, shard, block, bytes_of(found))
         except FileNotFoundError as problem:
             raise Damaged(f"{name} is missing") from problem
-        if read != last - first or hash_of(bytes_of(found)) != shard.blocks[block]:
-            raise Damaged(f"{name} differs from what was written between bytes {first} and {last}")
         self._blocks[index, block] = found
         return found

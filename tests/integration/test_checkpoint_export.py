@@ -126,6 +126,26 @@ def test_the_head_of_a_merged_classifier_is_the_trained_one(tmp_path: Path) -> N
     torch.testing.assert_close(logits(merged, model), expected, rtol=0, atol=1e-5)
 
 
+def test_the_best_weights_rather_than_the_last(tmp_path: Path) -> None:
+    """Held out are rows of the other class, which the model takes ever less for it: the best weights are early ones."""
+    spec = messages(tmp_path, train={"learning_rate": 1e-2, "schedule": "constant", "eval_every": 1, "keep_best": True})
+    swapped = {"spam": "ham", "ham": "spam", "label": "label"}
+    lines = [line.rpartition("\t") for line in (tmp_path / "messages.tsv").read_text().splitlines()]
+    (tmp_path / "swapped.tsv").write_text("".join(f"{text}\t{swapped[label]}\n" for text, _, label in lines))
+    held_out = spec.data.model_copy(update={"test": (str(tmp_path / "swapped.tsv"),)})
+    store, model = trained(spec.model_copy(update={"data": held_out}), tmp_path / "run", "zero3", 2)
+    export(store, tmp_path / "best", "--best")
+    export(store, tmp_path / "last")
+    live, best, last = (load_file(f / "model.safetensors") for f in (model, tmp_path / "best", tmp_path / "last"))
+    assert all(torch.equal(live[name], best[name]) for name in live)
+    assert not all(torch.equal(last[name], best[name]) for name in live)
+
+
+def test_without_best_weights_there_is_nothing_to_take(tmp_path: Path) -> None:
+    store, _ = trained(messages(tmp_path), tmp_path / "run")
+    assert export(store, tmp_path / "best", "--best", status=1)["error"]["code"] == "no-best-weights"
+
+
 MEASURED = """
 import sys
 import psutil, torch, threading, time

@@ -175,6 +175,16 @@ def test_other_precisions_and_parts_move_too(
         assert all("lora" in name or "classifier" in name for name in weights)
 
 
+def test_by_the_clock_all_ranks_save_at_one_step(world: Path, tmp_path: Path) -> None:
+    """Rank 0 has the clock; the others learn of it in time, or they would hang."""
+    timed = Job(job(world, checkpoint={"every_minutes": 0.0005, "keep_last": 99}), tmp_path)
+    timed.run("ddp", 2)
+    saved = [note.step for note in timed.notes(1) if note.outcome == "committed"]
+    assert len(saved) >= 3
+    assert sorted(set(saved)) == saved
+    assert {found.step for found in timed.catalogue.listing().committed} == set(saved)
+
+
 def frozen_rank(launched: Launched, timeout_s: float = 60) -> psutil.Process:
     """Rank 0, once it has been stopped by a signal."""
     deadline = time.monotonic() + timeout_s

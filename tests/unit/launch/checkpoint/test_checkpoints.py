@@ -17,6 +17,7 @@ from torch import nn
 from launch.checkpoint.checkpoints import Checkpoints
 from launch.checkpoint.draft import Policy
 from launch.checkpoint.manifest import CheckpointError, CheckpointId, LogicalTensor, Unusable
+from launch.checkpoint.retention import Retention
 from launch.checkpoint.snapshot import BLOCK, HostBuffer, Layout, streamed_blocks
 from launch.checkpoint.state import Part, PlainState
 from launch.checkpoint.storage import LocalStorage
@@ -172,6 +173,22 @@ def test_another_model_is_refused_before_anything_is_loaded(tmp_path: Path) -> N
     assert refused.value.code == "checkpoint-differs"
     assert "[8, 4]" in refused.value.message
     assert all(torch.equal(other.held()[name], before[name]) for name in before)
+
+
+def test_what_is_kept(tmp_path: Path) -> None:
+    """The last, every third, the best two by the metric, and what is pinned; a metric may be no number."""
+    retention = Retention(keep_last=1, keep_every=3, keep_best=2)
+    losses = {1: 0.9, 2: 0.1, 4: float("nan"), 5: 0.2, 7: 0.8}
+    for steps in (range(1, 6), range(6, 9)):  # the second attempt reads the metrics of the first
+        training = Training(tmp_path, retention=retention, metric="loss")
+        training.checkpoints.resume()
+        for step in steps:
+            metrics = {"loss": losses[step]} if step in losses else None
+            training.checkpoints.save(step, metrics=metrics, wait=True)
+            if step == 4:
+                training.checkpoints._catalogue.pin(CheckpointId(4, 1))
+    kept = [found.step for found in training.checkpoints._catalogue.listing().committed]
+    assert kept == [8, 6, 5, 4, 3, 2]
 
 
 def test_a_part_that_nobody_has_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
