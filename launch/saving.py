@@ -100,8 +100,7 @@ class Saving:
 
         manifest = self._checkpoints.resume(accept)
         self.tell()
-        if not self._auto:  # a short job may end before `auto` saves at all, and needs no memory for it
-            self._checkpoints.prepare()
+        self._checkpoints.prepare()
         if manifest is None:
             return None
         self._saved_at = manifest.step
