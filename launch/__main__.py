@@ -11,32 +11,23 @@ import faulthandler
 import os
 import socket
 import sys
-import traceback
 from pathlib import Path
 
 import psutil
 
-from launch.checkpoint.manifest import Unusable
 from launch.contract import (
     AttemptFiles,
     ExitCode,
-    RankError,
     RankProcess,
     RunContract,
     write_atomically,
 )
 from launch.ending import Ending
-from launch.errors import ContractError, DataError, SpecError, TuneyardError
+from launch.errors import ContractError, SpecError
+from launch.failure import describe, exit_code_of
 from launch.leash import hold_leash
 from launch.stop import StopWish
 from launch.supervise import run_command
-
-EXIT_CODES: tuple[tuple[type[TuneyardError], ExitCode], ...] = (
-    (DataError, ExitCode.DATA_ERROR),
-    (ContractError, ExitCode.CONTRACT_MISMATCH),
-    (SpecError, ExitCode.USER_ERROR),
-    (Unusable, ExitCode.USER_ERROR),
-)
 
 
 def main() -> None:
@@ -61,8 +52,11 @@ def main() -> None:
     try:
         _run(contract, files, rank, world_size, ending, stop)
     except Exception as problem:  # the one place where every failure becomes a record
-        traceback.print_exc()
-        ending.record(exit_code_of(problem), error=_describe(problem))
+        error = describe(problem)
+        print(error.traceback, file=sys.stderr)
+        ending.record(exit_code_of(problem), error=error)
+    # Sockets close with the process, so that peers which wait for this rank fail at once. Leaving their group in order
+    # would be to wait for them.
     ending.leave()
 
 
@@ -87,29 +81,6 @@ def _run(
     code, result = train(contract, files, rank, stop)
     ending.record(code, result=result)
     part_from_peers()
-
-
-def exit_code_of(problem: BaseException) -> ExitCode:
-    """The ExitCode that names `problem`."""
-    for kind, code in EXIT_CODES:
-        if isinstance(problem, kind):
-            return code
-    torch = sys.modules.get("torch")
-    if isinstance(problem, MemoryError) or (torch is not None and isinstance(problem, torch.OutOfMemoryError)):
-        return ExitCode.OUT_OF_MEMORY
-    # The CPU allocator has no exception of its own.
-    if isinstance(problem, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(problem):
-        return ExitCode.OUT_OF_MEMORY
-    return ExitCode.CRASH
-
-
-def _describe(problem: Exception) -> RankError:
-    trace = "".join(traceback.format_exception(problem))
-    if isinstance(problem, TuneyardError):
-        return RankError(
-            code=problem.code, message=problem.message, field=problem.field, hint=problem.hint, traceback=trace
-        )
-    return RankError(code=type(problem).__name__, message=str(problem), traceback=trace)
 
 
 def _parse() -> argparse.Namespace:

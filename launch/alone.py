@@ -66,8 +66,9 @@ def plan_alone(spec: TrainSpec, world_size: int, device: Device) -> ExecutionPla
         micro_batch_size=micro_batch,
         gradient_accumulation_steps=micro_steps(spec.train.global_batch_size, world_size, micro_batch),
         precision=spec.train.precision,
-        offload=spec.offload,
-        activation_checkpointing=spec.train.activation_checkpointing,
+        offload=spec.offload or "none",
+        activation_checkpointing=bool(spec.train.activation_checkpointing),
+        loss=spec.train.loss_mode or "chunked",
     )
 
 

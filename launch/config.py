@@ -17,7 +17,7 @@ from launch.data_spec import DataSpec, SplitSpec
 from launch.document import Document
 from launch.errors import Refused, SpecErrors
 from launch.explain import explain
-from launch.optimisation import EarlyStopping, Metric, OptimSpec, Precision
+from launch.optimisation import EarlyStopping, LossMode, Metric, OptimSpec, Precision
 from launch.section import Section
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "DataSpec",
     "EarlyStopping",
     "EngineChoice",
+    "LossMode",
     "Metric",
     "ModelSpec",
     "Offload",
@@ -140,12 +141,13 @@ class EngineChoice(Section):
 
     strategy: Strategy = "auto"
     """single, ddp, or DeepSpeed ZeRO stage 1, 2 or 3; `auto` lets the planner choose."""
-    offload: Offload = "none"
-    """Keep optimizer state, or optimizer state and parameters, in host memory (ZeRO only)."""
+    offload: Offload | None = None
+    """Keep optimizer state, or optimizer state and parameters, in host memory (ZeRO only); null lets the planner
+    choose: only where it would not fit otherwise."""
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> EngineChoice:
-        if self.offload != "none" and self.strategy in ("single", "ddp"):
+        if self.offload not in (None, "none") and self.strategy in ("single", "ddp"):
             raise Refused(
                 f"`offload: {self.offload}` needs a ZeRO strategy; `{self.strategy}` keeps all state in place",
                 at=("offload",),

@@ -21,7 +21,7 @@ from launch.attempt import (
     ExitCode,
     write_atomically,
 )
-from launch.config import Offload, Precision, TrainSpec
+from launch.config import LossMode, Offload, Precision, TrainSpec
 
 __all__ = [
     "ALONE",
@@ -31,6 +31,7 @@ __all__ = [
     "ENV_PROGRESS_FILE",
     "ENV_RUN_ID",
     "ENV_STOP_FILE",
+    "Allocator",
     "AttemptFiles",
     "CheckpointNote",
     "Device",
@@ -56,6 +57,7 @@ __all__ = [
 ]
 
 Device = Literal["cpu", "cuda"]
+Allocator = Literal["fast", "tight"]
 EngineName = Literal["single", "ddp", "zero1", "zero2", "zero3"]
 
 
@@ -79,6 +81,11 @@ class ExecutionPlan(Record):
     precision: Precision = "fp32"
     offload: Offload = "none"
     activation_checkpointing: bool = False
+    loss: LossMode = "chunked"
+    """A language model's; chunked only where its output layer allows that, which a rank finds out."""
+    allocator: Allocator = "fast"
+    """fast keeps what is freed for the next step; tight gives it back, so that as much is held as is used: on a CPU by
+    malloc's threshold for mapping blocks, on a GPU by expandable segments."""
 
     @property
     def zero_stage(self) -> int:
@@ -200,6 +207,11 @@ class RankError(Record):
     field: str | None = None
     hint: str | None = None
     traceback: str | None = None
+    echo: bool = False
+    """Whether it tells of no more than the end of another rank."""
+    limit_bytes: int | None = None
+    """Out of memory: how much there is, and how much of it was used, where that is known."""
+    used_bytes: int | None = None
 
 
 class TrainSummary(Record):
@@ -232,8 +244,13 @@ class RankResult(Record):
     precision: Precision
     offload: Offload
     activation_checkpointing: bool
+    loss: LossMode = "whole"
+    """Whether a language model's logits were made in chunks."""
+    allocator: Allocator = "fast"
     peak_bytes: int
     """cuda: torch's peak allocation; cpu: peak resident set of the process."""
+    baseline_bytes: int = 0
+    """cpu: resident set after the imports, before there was a model."""
     moment_bytes: int
     """What the optimizer remembers of the weights on this rank (AdamW: two moments), read from its tensors."""
     master_bytes: int
@@ -247,7 +264,7 @@ class RankExit(Record):
     rank: int
     code: ExitCode
     time: float
-    """Unix time; the earliest failure is the cause, the others are its echo."""
+    """Unix time; the earliest failure that is no echo is the cause."""
     signal: int | None = None
     error: RankError | None = None
     result: RankResult | None = None
@@ -280,7 +297,7 @@ class ProgressLine(Record):
 
     time: float
     phase: str
-    """start | load | train | evaluate | save | export | done"""
+    """start | load | ready | train | evaluate | save | export | done; ready is between loading and the first step"""
     step: int = 0
     steps: int | None = None
     samples: int = 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +23,7 @@ from launch.config import OptimSpec
 from launch.contract import ExecutionPlan
 from launch.engine_config import deepspeed_config
 from launch.errors import ContractError, SpecError
+from launch.host import resident_bytes
 from launch.layers import RATE_FACTOR, by_layer
 from launch.model import weight_decay_groups
 from launch.optimizers import make_optimizer, state_bytes
@@ -149,7 +149,7 @@ def build_engine(accelerator: Accelerator, model: PreTrainedModel, plan: Executi
     if plan.zero_stage == 0:
         engine = PlainEngine(accelerator, model, optimizer, plan, optim.max_grad_norm)
     else:
-        engine = DeepSpeedEngine(accelerator, model, optimizer)
+        engine = DeepSpeedEngine(accelerator, model, optimizer, plan)
     verify(engine.describe(), plan)
     return engine
 
@@ -253,9 +253,12 @@ class PlainEngine:
 class DeepSpeedEngine:
     """DeepSpeed ZeRO, stage 1 to 3."""
 
-    def __init__(self, accelerator: Accelerator, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, accelerator: Accelerator, model: PreTrainedModel, optimizer: torch.optim.Optimizer, plan: ExecutionPlan
+    ) -> None:
         self.accelerator = accelerator
         self.module = model
+        self._plan = plan
         self._engine, self._optimizer = accelerator.prepare(model, optimizer)
 
     def __call__(self, **inputs: torch.Tensor) -> Any:
@@ -308,8 +311,8 @@ class DeepSpeedEngine:
         assert self.accelerator.distributed_type.value == "DEEPSPEED", self.accelerator.distributed_type
         stage = live.zero_optimization_stage()
         assert _partitions(live.optimizer) == stage, f"stage {stage} is configured, {type(live.optimizer)} is running"
-        return ExecutionPlan.model_validate(
-            {
+        return self._plan.model_copy(
+            update={
                 "engine": f"zero{int(stage)}",
                 "world_size": live.dp_world_size,
                 "device": self.accelerator.device.type,
@@ -369,8 +372,4 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory this process has held: allocated on its GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with Path("/proc/self/status").open(encoding="ascii") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    raise AssertionError("the kernel reports no VmHWM")
+    return resident_bytes("VmHWM")

@@ -31,7 +31,7 @@ class OutputLayer:
     generated for one, it is as it was.
     """
 
-    def __init__(self, model: PreTrainedModel, smoothing: float) -> None:
+    def __init__(self, model: PreTrainedModel, smoothing: float, *, chunked: bool = True) -> None:
         layer = model.get_output_embeddings()
         self._smoothing = smoothing
         self._positions: torch.Tensor | None = None
@@ -44,10 +44,15 @@ class OutputLayer:
         self._layer = layer
         self._plain = layer.forward
         layer.register_forward_pre_hook(self._choose, with_kwargs=True)
-        if type(layer) is nn.Linear:  # an adapter's, or another that is more than a product, stays as it is
+        if chunked and type(layer) is nn.Linear:  # an adapter's, or another that is more than a product, stays as it is
             layer.forward = self._forward  # type: ignore[assignment]
         else:
             self._fused = False
+
+    @property
+    def fused(self) -> bool:
+        """Whether logits are made in chunks; known after a forward pass and `losses`."""
+        return bool(self._fused)
 
     def at(self, positions: torch.Tensor, targets: torch.Tensor) -> None:
         """Predict `targets`, token ids (n,), at `positions`, flat indices (n,) into (rows, longest)."""
@@ -62,7 +67,7 @@ class OutputLayer:
             return logits.flatten()
         if self._fused is None and returned is not None:
             # Under ZeRO-3 a module's result comes back as another tensor on the same memory.
-            same = logits.data_ptr() == returned.data_ptr() and logits.shape == returned.shape
+            same = _place(logits) == _place(returned) and logits.shape == returned.shape
             self._fused = same and logits._version == returned._version == 0
         if logits.shape[:2] != (1, len(targets)):  # the model did not call the layer on its last hidden states
             logits = logits.flatten(0, 1).index_select(0, positions)[None]
@@ -92,6 +97,11 @@ class OutputLayer:
                 apply: Callable[..., torch.Tensor] = LinearCrossEntropy.apply  # untyped
                 return apply(hidden[0], weight, bias, self._targets, self._smoothing).view(1, 1, 1)
             return linear_losses(hidden[0], weight, bias, self._targets)[None, :, None]
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int | torch.SymInt]:
+    """Where its memory begins; without its address, which a tensor that is only traced lacks."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 def linear_losses(
@@ -136,13 +146,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), size):
             part, wanted = hidden[start : start + size], targets[start : start + size, None]
             logits = functional.linear(part, weight, bias).float()
-            norm = logits.logsumexp(dim=1, keepdim=True)
-            total += norm.sum() - (1 - smoothing) * logits.gather(1, wanted).sum()
+            total -= (1 - smoothing) * logits.gather(1, wanted).sum()
             if smoothing:
                 total -= smoothing * logits.mean(dim=1).sum()
-            gradient = logits.sub_(norm).exp_()
+            # logsumexp and softmax by hand: in place, and with one exp for the two.
+            top = logits.amax(dim=1, keepdim=True)
+            gradient = logits.sub_(top).exp_()
+            norm = gradient.sum(dim=1, keepdim=True)
+            total += top.sum() + norm.log().sum()
+            gradient.div_(norm)
             if smoothing:
-                gradient -= smoothing / logits.shape[1]
+                gradient -= smoothing / gradient.shape[1]
             gradient.scatter_add_(1, wanted, gradient.new_full((), smoothing - 1).expand_as(wanted))
             if of_bias is not None:
                 of_bias += gradient.sum(dim=0)

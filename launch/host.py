@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from launch.contract import Device
+from launch.contract import Allocator, Device
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # <malloc.h>
 
@@ -21,6 +21,7 @@ class Share:
     cores: tuple[int, ...]
     threads: tuple[int, ...]
     """Kernel ids of torch's threads, this one first."""
+    allocator: Allocator = "fast"
 
     def pin(self) -> None:
         """One core for each of torch's threads, if there are as many. Threads that begin after this inherit the first.
@@ -33,7 +34,7 @@ class Share:
                 os.sched_setaffinity(thread, [core])
 
 
-def take_share(device: Device) -> Share:
+def take_share(device: Device, allocator: Allocator = "fast") -> Share:
     """Threads, cores and allocator of this rank; before anything computes.
 
     As many threads as OMP_NUM_THREADS says, which a process with torch loaded beforehand has not read; and on a CPU,
@@ -43,7 +44,7 @@ def take_share(device: Device) -> Share:
     if told:  # as torch itself would have taken it
         torch.set_num_threads(min(int(told), os.cpu_count() or 1))
     if device != "cpu":
-        return Share((), ())
+        return Share((), (), allocator)
     mine = cores_of_rank(
         sorted(os.sched_getaffinity(0)),
         torch.get_num_threads(),
@@ -52,10 +53,13 @@ def take_share(device: Device) -> Share:
     )
     if mine:
         os.sched_setaffinity(0, mine)
-    keep_memory()
+    if allocator == "fast":
+        keep_memory()
+    else:
+        return_memory()
     before = _threads()
     torch.zeros(1 << 20).add_(1.0)  # large enough to be divided: torch's threads are there after it, and no others
-    return Share(tuple(mine), (os.getpid(), *sorted(_threads() - before)))
+    return Share(tuple(mine), (os.getpid(), *sorted(_threads() - before)), allocator)
 
 
 def cores_of_rank(cores: list[int], threads: int, local_rank: int, local_world_size: int) -> list[int]:
@@ -76,10 +80,19 @@ def keep_memory() -> None:
 
 
 def return_memory() -> None:
-    """Have malloc give back every large block as it is freed: for a process that holds one tensor after the other."""
+    """Have malloc give back every large block as it is freed, so that a process holds what it uses and no more."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 1 << 20)  # set by hand it stays; by itself it grows with what is freed
+        mallopt(M_MMAP_THRESHOLD, 1 << 16)  # set by hand it stays; by itself it grows with what is freed
+
+
+def resident_bytes(which: str = "VmRSS") -> int:
+    """What this process holds of the host's memory now, or `VmHWM`: held at most so far."""
+    with Path("/proc/self/status").open(encoding="ascii") as status:
+        for line in status:
+            if line.startswith(f"{which}:"):
+                return int(line.split()[1]) * 1024
+    raise AssertionError(f"the kernel reports no {which}")
 
 
 def _threads() -> set[int]:

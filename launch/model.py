@@ -63,14 +63,21 @@ def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> PreTrai
     return tokenizer
 
 
-def build_model(spec: TrainSpec, labels: tuple[str, ...], pad_token_id: int, *, checkpointing: bool) -> PreTrainedModel:
+def build_model(
+    spec: TrainSpec, labels: tuple[str, ...], pad_token_id: int, *, checkpointing: bool, traced: bool = False
+) -> PreTrainedModel:
     """The model in fp32 on the CPU, or sharded as it loads where ZeRO-3 has been configured before.
+
+    `traced`: under FakeTensorMode. Weights are not read, so config.json is all that there needs to be.
 
     Raises:
         SpecError: it cannot be loaded, or the adapter or what is to be frozen does not fit it.
     """
-    model, missing = load_model(spec.model, labels, pad_token_id)
-    initialise(model, missing, spec.train.seed)
+    if traced:
+        model, missing = shape_model(spec.model, labels, pad_token_id)
+    else:
+        model, missing = load_model(spec.model, labels, pad_token_id)
+        initialise(model, missing, spec.train.seed)
     if spec.data.packing:
         check_packable(model, spec.data.max_length)
     if spec.adapter is not None:
@@ -85,23 +92,11 @@ def build_model(spec: TrainSpec, labels: tuple[str, ...], pad_token_id: int, *, 
 
 def load_model(spec: ModelSpec, labels: tuple[str, ...], pad_token_id: int) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of the parameters that its checkpoint lacks (a new head)."""
-    overrides: dict[str, Any] = {}
-    if labels:
-        overrides = {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: number for number, label in enumerate(labels)},
-        }
     with _as_spec_error(spec, "model"):
-        config = AutoConfig.from_pretrained(spec.name_or_path, revision=spec.revision, **overrides)
-        if config.get_text_config().pad_token_id is None:
-            config.get_text_config().pad_token_id = pad_token_id
-        if spec.dropout is not None:
-            override_dropout(config, spec.dropout)
         model, report = AUTO_CLASSES[spec.task].from_pretrained(
             spec.name_or_path,
             revision=spec.revision,
-            config=config,
+            config=configured(spec, labels, pad_token_id),
             dtype=torch.float32,
             attn_implementation=spec.attn_implementation,
             output_loading_info=True,
@@ -113,6 +108,35 @@ def load_model(spec: ModelSpec, labels: tuple[str, ...], pad_token_id: int) -> t
         model._weight_conversions = None
     missing = set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}
     return model, sorted(missing)
+
+
+def shape_model(spec: ModelSpec, labels: tuple[str, ...], pad_token_id: int) -> tuple[PreTrainedModel, list[str]]:
+    """What load_model gives, from the configuration alone; a classification head is taken to be new."""
+    with _as_spec_error(spec, "model"):
+        config = configured(spec, labels, pad_token_id)
+        model = AUTO_CLASSES[spec.task].from_config(
+            config, dtype=torch.float32, attn_implementation=spec.attn_implementation
+        )
+    base = f"{model.base_model_prefix}."
+    missing = [name for name, _ in model.named_parameters() if labels and not name.startswith(base)]
+    return model, missing
+
+
+def configured(spec: ModelSpec, labels: tuple[str, ...], pad_token_id: int) -> PreTrainedConfig:
+    """The model's configuration as the job changes it. Raises what transformers raises."""
+    overrides: dict[str, Any] = {}
+    if labels:
+        overrides = {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: number for number, label in enumerate(labels)},
+        }
+    config = AutoConfig.from_pretrained(spec.name_or_path, revision=spec.revision, **overrides)
+    if config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = pad_token_id
+    if spec.dropout is not None:
+        override_dropout(config, spec.dropout)
+    return config
 
 
 def override_dropout(config: PreTrainedConfig, probability: float) -> None:

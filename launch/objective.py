@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from launch.config import TrainSpec
+from launch.config import LossMode, TrainSpec
 from launch.data import Batch
 from launch.engine import Engine
 from launch.head import OutputLayer
@@ -30,11 +30,17 @@ class Objective(Protocol):
     def by_row(self, engine: Engine, batch: Batch) -> RowLosses:
         """For evaluation, where nothing is weighted or smoothed."""
 
+    def probe(self, engine: Engine, device: torch.device) -> LossMode:
+        """How the loss is computed, found out by a forward pass over two tokens: before the first batch, since until it
+        is known all logits are made."""
 
-def objective_of(spec: TrainSpec, model: PreTrainedModel, class_weights: torch.Tensor | None) -> Objective:
+
+def objective_of(
+    spec: TrainSpec, model: PreTrainedModel, class_weights: torch.Tensor | None, loss: LossMode = "chunked"
+) -> Objective:
     """The objective of `spec`'s task; made before the engine wraps `model`."""
     if spec.model.task == "causal-lm":
-        return LanguageModelling(model, spec.train.label_smoothing)
+        return LanguageModelling(model, spec.train.label_smoothing, chunked=loss == "chunked")
     return Classification(class_weights, spec.train.label_smoothing)
 
 
@@ -51,10 +57,13 @@ class Classification:
         logits = engine(**batch.inputs()).logits
         return RowLosses(class_losses(logits, batch.targets), logits.argmax(dim=-1))
 
+    def probe(self, engine: Engine, device: torch.device) -> LossMode:
+        return "whole"
+
 
 class LanguageModelling:
-    def __init__(self, model: PreTrainedModel, smoothing: float) -> None:
-        self._layer = OutputLayer(model, smoothing)
+    def __init__(self, model: PreTrainedModel, smoothing: float, *, chunked: bool) -> None:
+        self._layer = OutputLayer(model, smoothing, chunked=chunked)
 
     def summed(self, engine: Engine, batch: Batch) -> torch.Tensor:
         return self._losses(engine, batch).sum()
@@ -69,3 +78,11 @@ class LanguageModelling:
         assert batch.predicting is not None
         self._layer.at(batch.predicting, batch.targets.flatten().index_select(0, batch.predicting + 1))
         return self._layer.losses(engine(**batch.inputs()).logits)
+
+    def probe(self, engine: Engine, device: torch.device) -> LossMode:
+        tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
+        batch = Batch(tokens, torch.ones_like(tokens), tokens, predicting=tokens[0, :1])  # the first
+        engine.module.eval()  # dropout would draw numbers
+        with torch.no_grad():
+            self._losses(engine, batch)
+        return "chunked" if self._layer.fused else "whole"

@@ -10,6 +10,7 @@ from launch.errors import Refused
 from launch.section import Names, Section
 
 Precision = Literal["fp32", "bf16", "fp16"]
+LossMode = Literal["whole", "chunked"]
 Metric = Literal["loss", "accuracy", "f1_macro", "mcc", "perplexity"]
 Optimizer = Literal["adamw", "adafactor", "lion"]
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
@@ -76,8 +77,12 @@ class OptimSpec(Section):
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Clip the global gradient norm; null does not clip."""
     precision: Precision = "fp32"
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    activation_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, about a third more compute. null lets the planner
+    choose: only where it would not fit otherwise."""
+    loss_mode: LossMode | None = None
+    """causal-lm: `chunked` makes logits a piece at a time, so that all of them never exist at once; `whole` makes all;
+    null lets the planner choose."""
     seed: int = Field(0, ge=0, lt=2**32)
     deterministic: bool = False
     """Ask torch for deterministic kernels: slower on a GPU, and refused where an operation has none. A CPU needs none:

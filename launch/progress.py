@@ -40,10 +40,11 @@ class Progress:
         self.write(ProgressLine(time=time.time(), phase=phase, step=step, steps=steps, samples=samples))
 
     def start_training(self, step: int, samples: int) -> None:
-        """Speed is measured from here."""
+        """Everything is loaded; speed is measured from here."""
         self._started = time.monotonic()
         self._steps_before = step
         self._samples_before = samples
+        self.phase("ready", step, samples=samples)
 
     def step(self, step: int, steps: int, samples: int, loss: float, learning_rate: float, memory_bytes: int) -> None:
         assert self._started is not None

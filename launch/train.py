@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from launch.best import Best
-from launch.config import TrainSpec
-from launch.contract import AttemptFiles, ExitCode, RankResult, RunContract, TrainSummary
+from launch.config import LossMode, OptimSpec, TrainSpec
+from launch.contract import Allocator, AttemptFiles, ExitCode, RankResult, RunContract, TrainSummary
 from launch.data import Batch, Corpus, Rows, load_corpus, sampler_for
 from launch.determinism import fix_numerics, seed_all
 from launch.dropout import drop_cheaply
@@ -18,7 +19,7 @@ from launch.engine import Engine, build_engine, make_accelerator, peak_bytes
 from launch.errors import ContractError, DataError, SpecError
 from launch.export import Outcome, export
 from launch.feed import Feed
-from launch.host import take_share
+from launch.host import resident_bytes, take_share
 from launch.losses import loss_terms, weights_of_classes
 from launch.metrics import EarlyStop, Evaluation, evaluate
 from launch.model import build_model, load_tokenizer
@@ -51,7 +52,8 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     assert spec is not None
     progress = Progress(files.progress(rank))
     progress.phase("start")
-    share = take_share(plan.device)
+    share = take_share(plan.device, plan.allocator)
+    baseline = resident_bytes() if plan.device == "cpu" else 0
     fix_numerics(spec.train, contract.origin.pinned, rank)
     accelerator = make_accelerator(plan, spec.train, spec.trackers, contract.tracker_dir)
     seed_all(spec.train.seed, rank)
@@ -63,14 +65,18 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     if plan.device == "cpu":
         drop_cheaply(model)
     weights = weights_of_classes(spec.train.class_weights, corpus.train, corpus.labels)
-    objective = objective_of(spec, model, weights)
+    objective = objective_of(spec, model, weights, plan.loss)
     engine = build_engine(accelerator, model, plan, spec.train)
+    found = Found(objective.probe(engine, accelerator.device), share.allocator, baseline)
+    check_loss_mode(spec.train, found.loss)
     fingerprint = agreed_fingerprint(engine, corpus.train)
     check_data(contract, corpus)
     saving = Saving(contract, engine, tokenizer, progress)
     pad_token_id = int(tokenizer.pad_token_id)
     seen = SampleLog(files.samples(rank)) if spec.train.log_samples else None
-    loop = Loop(contract, spec, engine, objective, corpus, fingerprint, pad_token_id, progress, stop, saving, seen)
+    loop = Loop(
+        contract, spec, engine, objective, corpus, fingerprint, pad_token_id, progress, stop, saving, found, seen
+    )
     loop.resume()
     share.pin()
     record = begin_record(contract, engine, corpus, loop.step, saving.attempt)
@@ -105,6 +111,25 @@ def part_from_peers() -> None:
         torch.distributed.destroy_process_group()
 
 
+class Found(NamedTuple):
+    """What a rank has found of itself that its engine does not know."""
+
+    loss: LossMode
+    allocator: Allocator
+    baseline_bytes: int
+
+
+def check_loss_mode(optim: OptimSpec, found: LossMode) -> None:
+    """Raises SpecError where chunks were asked for by name and the model has none."""
+    if optim.loss_mode == "chunked" and found != "chunked":
+        raise SpecError(
+            "this model's logits cannot be made in chunks: something happens to them after its output layer",
+            code="loss-mode-not-available",
+            field="train.loss_mode",
+            hint="leave loss_mode out, or take `whole`",
+        )
+
+
 class Loop:
     """The steps of one attempt."""
 
@@ -120,11 +145,12 @@ class Loop:
         progress: Progress,
         stop: StopWish,
         saving: Saving,
+        found: Found,
         seen: SampleLog | None = None,
     ) -> None:
         self.plan, self.spec, self.optim, self.task = contract.plan, spec, spec.train, spec.model.task
         self.engine, self.objective, self.corpus, self.pad_token_id = engine, objective, corpus, pad_token_id
-        self.progress, self.stop = progress, stop
+        self.progress, self.stop, self.found = progress, stop, found
         self.rank = engine.accelerator.process_index
         self.device = engine.accelerator.device
         sampler = sampler_for(corpus.train, self.optim)
@@ -358,6 +384,9 @@ class Loop:
             precision=found.precision,
             offload=found.offload,
             activation_checkpointing=found.activation_checkpointing,
+            loss=self.found.loss,
+            allocator=self.found.allocator,
+            baseline_bytes=self.found.baseline_bytes,
             peak_bytes=peak_bytes(self.engine.accelerator.device),
             moment_bytes=self.engine.moment_bytes(),
             master_bytes=self.engine.master_bytes(),

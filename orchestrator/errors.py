@@ -11,6 +11,7 @@ __all__ = [
     "DoctorError",
     "ExecutorError",
     "IllegalTransitionError",
+    "DoesNotFitError",
     "ImpossibleGangError",
     "LeaseLostError",
     "NotFoundError",
@@ -40,6 +41,12 @@ class ImpossibleGangError(SpecError):
     """No placement on this cluster, even an idle one, holds the gang: it would wait for ever."""
 
     code = "impossible-gang"
+
+
+class DoesNotFitError(SpecError):
+    """No node of this cluster, even an idle one, has the memory that the job needs: it would wait for ever."""
+
+    code = "does-not-fit"
 
 
 class IllegalTransitionError(TuneyardError):

@@ -56,8 +56,16 @@ def a_waiting(job_id: str, processes: int = 1, most: int | None = None, **change
     return Waiting(**(values | changes))
 
 
-def an_exit(rank: int = 0, code: ExitCode = ExitCode.DONE, time: float = 1.0, message: str | None = None) -> RankExit:
-    error = RankError(code="oops", message=message) if message else None
+def an_exit(
+    rank: int = 0,
+    code: ExitCode = ExitCode.DONE,
+    time: float = 1.0,
+    message: str | None = None,
+    cause: str = "oops",
+    **told: Any,
+) -> RankExit:
+    """`cause` is its RankError's code, `told` are more fields of that."""
+    error = RankError(code=cause, message=message or "", **told) if message or told else None
     return RankExit(rank=rank, code=code, time=time, error=error)
 
 

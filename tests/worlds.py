@@ -187,7 +187,7 @@ def a_plan(spec: TrainSpec, engine: str, world_size: int, micro_batch_size: int,
             "micro_batch_size": micro_batch_size,
             "gradient_accumulation_steps": micro_steps(spec.train.global_batch_size, world_size, micro_batch_size),
             "precision": spec.train.precision,
-            "activation_checkpointing": spec.train.activation_checkpointing,
+            "activation_checkpointing": bool(spec.train.activation_checkpointing),
             **changes,
         }
     )

@@ -16,6 +16,7 @@ from orchestrator.cli import (
     ls,
     nodes,
     pause,
+    plan,
     reproduce,
     run,
     schema,
@@ -53,6 +54,7 @@ def root(
 
 app.command("init")(init.init)
 app.command("data")(data.data)
+app.command("plan")(plan.plan)
 app.command("run")(run.run)
 app.command("reproduce")(reproduce.reproduce)
 app.command("up")(up.up)

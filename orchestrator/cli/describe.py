@@ -13,6 +13,8 @@ from orchestrator.cli.output import Format, Output, age, out, print_json, size, 
 from orchestrator.views import AttemptView, EventView, JobView
 
 COMMITTED = "checkpoint-committed"
+SENTENCES = {"out-of-memory": "message", "next-rung": "sentence", "remembered": "sentence"}
+"""Kinds of events of which one field says it all."""
 
 
 def describe(
@@ -35,8 +37,10 @@ def describe(
         return
     _head(view)
     _checkpoints(view, events)
-    for attempt in attempts:
+    for before, attempt in zip((None, *attempts), attempts, strict=False):
         _attempt(attempt)
+        for line in story(before, attempt, events):
+            out.print(f"  {line}", markup=False)
     out.print("[bold]events[/bold]")
     for line in lines(events):
         out.print(f"  {line}", markup=False)
@@ -78,9 +82,33 @@ def lines(events: Sequence[EventView]) -> list[str]:
         for event in shown:
             number = f" attempt {event.attempt}" if event.attempt else ""
             clock = time.strftime("%H:%M:%S", time.localtime(event.time))
-            told = _note(event) if kind.startswith("checkpoint-") else _short(event.data)
+            if kind in SENTENCES:
+                told = str(event.data.get(SENTENCES[kind]))
+            else:
+                told = _note(event) if kind.startswith("checkpoint-") else _short(event.data)
             before = f", and {len(several) - 1} before" if len(several) > len(shown) else ""
             found.append(f"{clock}{number} {kind} {told}{before}")
+    return found
+
+
+def story(before: AttemptView | None, attempt: AttemptView, events: Sequence[EventView]) -> list[str]:
+    """What an attempt's plan has otherwise than the one before, why, and whether it ran out of memory, too."""
+    from orchestrator.memory.ladder import difference
+
+    def told(kind: str, number: int) -> str | None:
+        of = [event.data for event in events if event.kind == kind and event.attempt == number]
+        return str(of[-1].get(SENTENCES[kind])) if of else None
+
+    found = []
+    if before is not None and before.plan != attempt.plan:
+        rung = next(
+            (one.data["rung"] for one in events if (one.kind, one.attempt) == ("next-rung", before.number)), None
+        )
+        why = f", the rung {rung}, because attempt {before.number} ran out of memory" if rung else ""
+        found.append(f"other than before: {difference(before.plan, attempt.plan)}{why}")
+    for line in (told("remembered", attempt.number), told("out-of-memory", attempt.number)):
+        if line is not None:
+            found.append(line)
     return found
 
 
@@ -106,6 +134,8 @@ def _attempt(attempt: AttemptView) -> None:
     out.print(
         f"  {plan.engine} on {plan.world_size} × {plan.device}: {shares}; "
         f"{plan.micro_batch_size} rows × {plan.gradient_accumulation_steps}, {plan.precision}, offload {plan.offload}"
+        + (", activation checkpointing" if plan.activation_checkpointing else "")
+        + (", tight allocator" if plan.allocator == "tight" else "")
     )
     out.print(f"  files {attempt.run_dir}", markup=False)
 

@@ -14,6 +14,10 @@ NAME_LABEL = "tuneyard.io/name"
 CORES_LABEL = "tuneyard.io/cores"  # a node's CPU slots need not be its cores
 
 
+HOST_SHARE = 0.9
+"""Of a host's memory, what ranks may have: the rest is the system's."""
+
+
 class Gpu(BaseModel):
     model_config = ConfigDict(frozen=True)
 
@@ -32,6 +36,8 @@ class Node(BaseModel):
     address: str
     cores: int
     cpu_slots: int
+    memory_bytes: int | None = None
+    """Of the host; null where nobody has said."""
     gpus: tuple[Gpu, ...] = ()
     labels: Mapping[str, str] = {}
 
@@ -54,10 +60,24 @@ class Placement(BaseModel):
     device: str
     """cpu or cuda"""
     shares: tuple[NodeShare, ...]
+    host_bytes: int = 0
+    """Of host memory, what each rank is expected to need; 0 where nobody knows."""
 
     @property
     def world_size(self) -> int:
         return sum(share.processes for share in self.shares)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a rank needs of memory, in bytes; 0 where nobody knows."""
+
+    device_bytes: int = 0
+    """Of its GPU."""
+    host_bytes: int = 0
+
+
+UNKNOWN_NEED = Need()
 
 
 @dataclass(frozen=True)
@@ -69,6 +89,8 @@ class Snapshot:
     """Ranks per node id."""
     used_gpus: Mapping[str, frozenset[int]] = field(default_factory=dict)
     """GPU indices per node id."""
+    used_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Host memory per node id."""
 
     @classmethod
     def of(cls, nodes: Iterable[Node], placements: Iterable[Placement]) -> Snapshot:
@@ -80,31 +102,39 @@ class Snapshot:
 
     def with_placement(self, placement: Placement) -> Snapshot:
         """This snapshot after `placement` has taken its slots."""
-        slots, gpus = dict(self.used_slots), dict(self.used_gpus)
+        slots, gpus, held = dict(self.used_slots), dict(self.used_gpus), dict(self.used_bytes)
         for share in placement.shares:
             if placement.device == "cuda":
                 gpus[share.node] = gpus.get(share.node, frozenset()) | frozenset(share.gpus)
             else:
                 slots[share.node] = slots.get(share.node, 0) + share.processes
-        return Snapshot(nodes=self.nodes, used_slots=slots, used_gpus=gpus)
+            held[share.node] = held.get(share.node, 0) + share.processes * placement.host_bytes
+        return Snapshot(nodes=self.nodes, used_slots=slots, used_gpus=gpus, used_bytes=held)
 
-    def free_gpus(self, node: Node, accelerator: str) -> tuple[int, ...]:
-        """Indices of the free GPUs of `node` that `accelerator` accepts."""
+    def free_gpus(self, node: Node, accelerator: str, need: Need = UNKNOWN_NEED) -> tuple[int, ...]:
+        """Indices of the free GPUs of `node` that `accelerator` accepts and that are large enough."""
         used = self.used_gpus.get(node.id, frozenset())
         anything = accelerator in ("any", "gpu")
         return tuple(
             gpu.index
             for gpu in node.gpus
-            if gpu.index not in used and (anything or gpu.type.lower() == accelerator.lower())
+            if gpu.index not in used
+            and (anything or gpu.type.lower() == accelerator.lower())
+            and (gpu.memory_bytes is None or gpu.memory_bytes >= need.device_bytes)
         )
 
-    def free(self, node: Node, accelerator: str) -> int:
+    def free(self, node: Node, accelerator: str, need: Need = UNKNOWN_NEED) -> int:
         """Ranks that `node` can still take for `accelerator`."""
         if not node.takes(accelerator):
             return 0
         if node.gpus:
-            return len(self.free_gpus(node, accelerator))
-        return max(0, node.cpu_slots - self.used_slots.get(node.id, 0))
+            places = len(self.free_gpus(node, accelerator, need))
+        else:
+            places = max(0, node.cpu_slots - self.used_slots.get(node.id, 0))
+        if need.host_bytes and node.memory_bytes is not None:
+            left = int(node.memory_bytes * HOST_SHARE) - self.used_bytes.get(node.id, 0)
+            places = min(places, max(0, left // need.host_bytes))
+        return places
 
     def idle(self) -> Snapshot:
         """The same nodes with nothing on them."""

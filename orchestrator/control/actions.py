@@ -8,7 +8,17 @@ from typing import Any
 from launch.contract import ExecutionPlan, ProgressLine, StopRequest
 from orchestrator.cluster.model import Placement
 from orchestrator.job.lifecycle import JobState, Reason
+from orchestrator.memory.alike import Peak
+from orchestrator.memory.ladder import Relief
 from orchestrator.recover.classify import Outcome
+
+
+@dataclass(frozen=True)
+class Note:
+    """An event to store."""
+
+    kind: str
+    data: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -19,6 +29,9 @@ class StartAttempt:
     number: int
     placement: Placement
     plan: ExecutionPlan
+    relief: Relief | None = None
+    """To store with it, if it is the first of a job that starts on a rung."""
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +114,10 @@ class EndAttempt:
     not_before: float | None = None
     error: dict[str, Any] | None = None
     result: dict[str, Any] | None = None
+    relief: Relief | None = None
+    """To store with it, so that the next attempt is planned within it."""
+    peak: Peak | None = None
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True)

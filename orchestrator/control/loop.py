@@ -11,7 +11,7 @@ from pathlib import Path
 
 import structlog
 
-from launch.contract import Origin, RunContract, checkpoints_of_job
+from launch.contract import Origin, RunContract, checkpoints_of_job, dumps
 from orchestrator.control.actions import (
     Action,
     EndAttempt,
@@ -31,6 +31,7 @@ from orchestrator.errors import ConflictError, ExecutorError, LeaseLostError, St
 from orchestrator.execute.protocol import Executor
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
 from orchestrator.job.spec import FromEnvironment, TrainingJob
+from orchestrator.memory.alike import key_of
 from orchestrator.recover.classify import Outcome
 from orchestrator.recover.reliability import LOOK_BACK_S, Ran, mean_time_between_failures
 from orchestrator.settings import Settings
@@ -98,7 +99,7 @@ class Controller:
         self.lease = self.store.acquire_lease(self.holder, now, self.settings.lease)
         if self.lease is None:
             return []
-        state = State(jobs=self.store.jobs(live=True), attempts=self.store.live_attempts())
+        state = self._state()
         try:
             facts = self._observe(state)
         except ExecutorError as problem:
@@ -110,6 +111,12 @@ class Controller:
         for action in actions:
             self._apply(action, self.lease, jobs, contracts)
         return actions
+
+    def _state(self) -> State:
+        jobs = self.store.jobs(live=True)
+        unstarted = (job for job in jobs if job.attempts == 0 and job.state == JobState.QUEUED)
+        keys = {key for job in unstarted if (key := key_of(job.job)) is not None}
+        return State(jobs=jobs, attempts=self.store.live_attempts(), peaks=self.store.peaks(keys) if keys else ())
 
     def _observe(self, state: State) -> Facts:
         nodes = self.executor.nodes()
@@ -167,10 +174,13 @@ class Controller:
             return
         contract = self._contract(action, row, port, self._mtbf_s(len(action.placement.shares), now))
         reason = Reason(code=ReasonCode.STARTING, sentence=f"attempt {action.number} starts")
+        relief = {} if action.relief is None else {"relief": dumps(action.relief)}
         try:
             with self.store.acting(lease) as write:
                 write.add_attempt(contract, action.placement, now)
-                write.set_job(action.job_id, JobState.STARTING, reason, now)
+                write.set_job(action.job_id, JobState.STARTING, reason, now, **relief)
+                for note in action.notes:
+                    write.event(action.job_id, action.number, now, note.kind, note.data)
                 write.note_start(action.job_id, now)
         except ConflictError as problem:
             log.warning("attempt exists already", job=action.job_id, error=problem.message)
@@ -192,6 +202,11 @@ class Controller:
             write.count_attempt(action.job_id, action.number, now, failed=action.failed)
             if action.error is not None:
                 write.event(action.job_id, action.number, now, "attempt-error", action.error)
+            for note in action.notes:
+                write.event(action.job_id, action.number, now, note.kind, note.data)
+            if action.peak is not None:
+                write.add_peak(action.peak)
+            relief = {} if action.relief is None else {"relief": dumps(action.relief)}
             write.set_job(
                 action.job_id,
                 action.job_state,
@@ -200,6 +215,7 @@ class Controller:
                 not_before=action.not_before,
                 error=action.error if action.job_state in (JobState.FAILED, JobState.PAUSED) else None,
                 result=action.result,
+                **relief,
             )
 
     def _mtbf_s(self, nodes: int, now: float) -> float:

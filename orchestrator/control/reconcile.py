@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from launch.contract import Device, ExitCode, StopRequest
@@ -16,6 +16,7 @@ from orchestrator.control.actions import (
     MarkLost,
     MarkRunning,
     MoveJob,
+    Note,
     NoteCheckpoints,
     NoteProgress,
     SendStop,
@@ -23,9 +24,11 @@ from orchestrator.control.actions import (
     StartAgain,
     StartAttempt,
 )
+from orchestrator.control.fitting import after_out_of_memory, device_kind, peak_of
 from orchestrator.control.result import job_error, job_result, metrics_sentence
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
 from orchestrator.job.spec import AnyJob
+from orchestrator.memory.alike import Peak, key_of, remembered
 from orchestrator.memory.plan import plan
 from orchestrator.recover.classify import RETRIED, Outcome, Verdict, back_off, judge, may_retry
 from orchestrator.schedule.decide import Start, Waiting, decide
@@ -55,6 +58,8 @@ class State:
 
     jobs: Sequence[JobRow]
     attempts: Sequence[AttemptRow]
+    peaks: Sequence[Peak] = ()
+    """Of jobs like those that have not started yet."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def _attempt(
         yield NoteCheckpoints(*key, status.news, status.offset)
     if status.ended:
         if not status.news:  # else there may be more of it; nothing is missed by ending at the next look
-            yield _end(job, attempt, judge(status.exits, attempt.plan.world_size), status, now)
+            yield _end(job, attempt, judge(status.exits, attempt.plan.world_size), status, facts, now)
         return
     # Before any stop: a stopping attempt cannot become a running one, and both may be due in one tick.
     found = attempt.state == AttemptState.LOST and attempt.stop is None
@@ -121,7 +126,7 @@ def _attempt(
     age = now - attempt.created_at
     if not status.claimed and age > START_TIMEOUT_S:
         # Whatever state it is in: nothing was ever started, and nothing is left to wait for.
-        yield _end(job, attempt, Verdict(Outcome.NODE_LOST, None), status, now)
+        yield _end(job, attempt, Verdict(Outcome.NODE_LOST, None), status, facts, now)
         return
     if not status.claimed_everywhere and attempt.stop is None and age > START_AGAIN_S:
         yield StartAgain(*key)
@@ -145,7 +150,7 @@ def _silent(
     gone = [share.node for share in attempt.run.nodes if share.node not in alive]
     if attempt.state == AttemptState.LOST:
         if silence > attempt.run.leash_s + policy.leash_margin and not status.news:
-            yield _end(job, attempt, Verdict(Outcome.NODE_LOST, None), None, now)
+            yield _end(job, attempt, Verdict(Outcome.NODE_LOST, None), None, facts, now)
     elif gone or silence > SILENCE_S:
         wait = attempt.run.leash_s + policy.leash_margin
         who = f"node {gone[0]} is gone" if gone else "a node does not answer"
@@ -157,7 +162,18 @@ def _silent(
         yield MarkLost(attempt.job_id, attempt.number, reason)
 
 
-def _end(job: JobRow, attempt: AttemptRow, verdict: Verdict, status: AttemptStatus | None, now: float) -> EndAttempt:
+def _end(
+    job: JobRow, attempt: AttemptRow, verdict: Verdict, status: AttemptStatus | None, facts: Facts, now: float
+) -> EndAttempt:
+    """The end of an attempt of which nothing lives, and what is remembered of it."""
+    exits = status.exits if status else []
+    peak = peak_of(job, attempt, verdict, exits, device_kind(facts.nodes, attempt.held), now)
+    return replace(_goes_on(job, attempt, verdict, status, now), peak=peak)
+
+
+def _goes_on(
+    job: JobRow, attempt: AttemptRow, verdict: Verdict, status: AttemptStatus | None, now: float
+) -> EndAttempt:
     """How the job goes on after an attempt of which nothing lives."""
     exits = status.exits if status else []
     outcome = verdict.outcome
@@ -179,6 +195,11 @@ def _end(job: JobRow, attempt: AttemptRow, verdict: Verdict, status: AttemptStat
         reason = Reason(code=ReasonCode.BACKING_OFF, sentence=f"{who}; the job goes back to the queue")
         return EndAttempt(*key, outcome, JobState.QUEUED, reason, not_before=now)
     error = job_error(verdict, attempt.run)
+    if outcome == Outcome.OUT_OF_MEMORY and verdict.first is not None:
+        end = after_out_of_memory(job, attempt, verdict.first, error, status, now)
+        if end.job_state == JobState.QUEUED and job.pause_requested:
+            return replace(end, job_state=JobState.PAUSED, reason=_paused(job, end.reason.sentence))
+        return end
     if job.pause_requested and RETRIED[outcome]:
         # Nobody asked for another start, so none is used up, and it is not too late for one.
         return EndAttempt(*key, outcome, JobState.PAUSED, _paused(job, error["message"]), error=error)
@@ -247,22 +268,30 @@ def _queue(state: State, facts: Facts, holding: Sequence[AttemptRow], now: float
     for decision in decide(snapshot, waiting):
         job = queued[decision.job_id]
         if isinstance(decision, Start):
-            yield _start(job, decision.placement)
+            yield _start(job, decision.placement, state, facts)
         elif decision.reason != job.reason:
             yield Explain(job.id, decision.reason)
 
 
-def _start(job: JobRow, placement: Placement) -> StartAttempt:
+def _start(job: JobRow, placement: Placement, state: State, facts: Facts) -> StartAttempt:
     """The next attempt, planned for its placement, or as it is pinned to be."""
+    number = job.attempts + 1
     pinned = job.origin.pinned if job.origin is not None else None
-    if pinned is None:
-        chosen = plan(job.job, placement.world_size, cast(Device, placement.device))
-    else:
-        chosen = pinned.plan
+    if pinned is not None:
         # A rank whose number is another one sets it itself.
         shares = tuple(share.model_copy(update={"threads": pinned.threads[0]}) for share in placement.shares)
-        placement = placement.model_copy(update={"shares": shares})
-    return StartAttempt(job.id, job.attempts + 1, placement, chosen)
+        return StartAttempt(job.id, number, placement.model_copy(update={"shares": shares}), pinned.plan)
+    device = cast(Device, placement.device)
+    chosen = plan(job.job, placement.world_size, device, job.relief)
+    if number == 1:
+        key = key_of(job.job) if state.peaks else None
+        alike = [row for row in state.peaks if row.key == key]
+        found = remembered(alike, job.job, chosen, device_kind(facts.nodes, placement)) if alike else None
+        if found is not None:
+            chosen = plan(job.job, placement.world_size, device, found.relief)
+            note = Note("remembered", {"sentence": found.sentence})
+            return StartAttempt(job.id, number, placement, chosen, found.relief, (note,))
+    return StartAttempt(job.id, number, placement, chosen)
 
 
 def _waiting(row: JobRow) -> Waiting:

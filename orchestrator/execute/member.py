@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import psutil
 
 from launch.attempt import ENV_HEARTBEAT, ENV_RUN_ID, AttemptFiles, ExitCode, write_atomically
+from orchestrator.execute.oom import Witness
 from orchestrator.execute.processes import inherited, is_alive, kill, of_run
 from orchestrator.execute.standby import Ordered, Standbys
 
@@ -67,6 +69,9 @@ class Member:
     launcher: subprocess.Popen[bytes] | Ordered | None = None
     ended: bool = False
     _seen: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _witnesses: dict[int, Witness] = field(default_factory=dict)
+    _ended_by_us: str | None = None
+    """Why we ended what was left of the ranks, once we have."""
     _failed_at: float | None = None
     _over_at: float | None = None
     _beat_at: float = 0.0
@@ -142,6 +147,7 @@ class Member:
         if overdue or code is not None:
             left = of_run(self.request.run_id)
             if left and (overdue or self._leavers_are_late(now)):
+                self._ended_by_us = self._ended_by_us or self._why_ended()
                 kill(left)
             elif not left:
                 self._finish(self.launcher.wait() if self.launcher else None)
@@ -152,6 +158,8 @@ class Member:
         if force or now - self._beat_at >= HEARTBEAT_S:
             write_atomically(self.files.heartbeat(self.request.node_index), repr(now))
             self._beat_at = now
+            for witness in self._witnesses.values():
+                witness.look()
 
     def _environment(self) -> dict[str, str]:
         """The agent's own, plus the request's."""
@@ -169,8 +177,27 @@ class Member:
                 process = _read(self.files.process(rank))
                 if process is not None:
                     self._seen[rank] = process
+                    self._witnesses[rank] = Witness(process["pid"])
             elif not is_alive(self._seen[rank]["pid"], self._seen[rank]["start_time"]) and self._exit(rank) is None:
-                self._record(rank, ExitCode.KILLED, "the process ended without a word; a signal killed it")
+                self._record_death(rank)
+
+    def _record_death(self, rank: int) -> None:
+        """Write how a rank ended that could not: by us, by the kernel for want of memory, or by somebody's signal."""
+        death = self._witnesses[rank].death() if self._ended_by_us is None else None
+        if death is not None:
+            told = {"code": death.code, "limit_bytes": death.limit_bytes, "used_bytes": death.used_bytes}
+            self._record(rank, ExitCode.OUT_OF_MEMORY, death.message, number=signal.SIGKILL, told=told)
+        elif self._ended_by_us is not None:
+            self._record(rank, ExitCode.KILLED, self._ended_by_us, number=signal.SIGKILL, told={"echo": True})
+        else:
+            self._record(rank, ExitCode.KILLED, "the process ended without a word; a signal killed it")
+
+    def _why_ended(self) -> str:
+        if self._failed_at is not None:
+            return f"the node's agent ended it, {ECHO_S:.0f} s after its gang had begun to fail"
+        stop = _read(self.files.stop)
+        why = f"it was asked to stop ({stop['reason']}), and did not in time" if stop else "it had outlived its purpose"
+        return f"the node's agent ended it: {why}"
 
     def _exit(self, rank: int) -> dict[str, Any] | None:
         return _read(self.files.exit(rank))
@@ -193,15 +220,15 @@ class Member:
         log = self._launcher_tail()
         for rank in self.request.ranks:
             end = self._exit(rank)
-            if end is None:
-                told = rank in self._seen
-                message = "the process ended without a word" if told else "the launcher ended before this rank began"
-                stopped = _read(self.files.stop) is not None and not told
+            if end is None and rank in self._seen:
+                self._record_death(rank)
+            elif end is None:
+                stopped = _read(self.files.stop) is not None
                 self._record(
                     rank,
-                    ExitCode.STOPPED if stopped else (ExitCode.KILLED if told else ExitCode.CRASH),
-                    message,
-                    trace=None if stopped else log,
+                    ExitCode.STOPPED if stopped else ExitCode.CRASH,
+                    "the launcher ended before this rank began",
+                    told={"traceback": None if stopped else log},
                 )
             elif end["code"] == ExitCode.KILLED and end.get("signal") is None and rank in self._seen:
                 number = _signal_in(log, self._seen[rank]["pid"])
@@ -221,10 +248,13 @@ class Member:
         except OSError:
             return ""
 
-    def _record(self, rank: int, code: ExitCode, message: str, trace: str | None = None) -> None:
+    def _record(
+        self, rank: int, code: ExitCode, message: str, *, number: int | None = None, told: Mapping[str, Any] = {}
+    ) -> None:
+        """Write a RankExit by hand; `told` are fields of its RankError."""
         self.files.rank(rank).mkdir(parents=True, exist_ok=True)
-        error = {"code": code.name.lower().replace("_", "-"), "message": message, "traceback": trace}
-        end = {"rank": rank, "code": int(code), "time": time.time(), "signal": None, "error": error}
+        error = {"code": code.name.lower().replace("_", "-"), "message": message, **told}
+        end = {"rank": rank, "code": int(code), "time": time.time(), "signal": number, "error": error}
         write_atomically(self.files.exit(rank), json.dumps(end))
 
 

@@ -92,8 +92,10 @@ class ReasonCode(enum.StrEnum):
     BEHIND_OTHERS = "behind-others"
     INSUFFICIENT_FREE = "insufficient-free"
     NO_NODES = "no-nodes"
+    DOES_NOT_FIT = "does-not-fit"  # no node has the memory
     GANG_TOO_LARGE = "gang-too-large"
     BACKING_OFF = "backing-off"
+    NEXT_RUNG = "next-rung"  # it ran out of memory, and goes on with a plan that takes less
     OLD_ATTEMPT_ENDING = "old-attempt-ending"
     STARTING = "starting"
     RUNNING = "running"

@@ -6,12 +6,18 @@ from typing import cast
 
 from launch.contract import Device, EngineName, ExecutionPlan
 from orchestrator.job.spec import AnyJob, CommandJob
+from orchestrator.memory.ladder import NOTHING, Relief, eased
 
 MAX_MICRO_BATCH = 32
 
 
-def plan(job: AnyJob, world_size: int, device: Device) -> ExecutionPlan:
-    """The plan of `job` on `world_size` ranks of `device`. `auto` is DDP, or a single process where there is one."""
+def plan(job: AnyJob, world_size: int, device: Device, relief: Relief | None = None) -> ExecutionPlan:
+    """The plan of `job` on `world_size` ranks of `device`, within the limits of `relief`."""
+    return eased(job, _first_choice(job, world_size, device), relief or NOTHING)
+
+
+def _first_choice(job: AnyJob, world_size: int, device: Device) -> ExecutionPlan:
+    """`auto` is DDP, or a single process where there is one."""
     engine = _engine(job.strategy, world_size)
     if isinstance(job, CommandJob):
         return ExecutionPlan(
@@ -26,8 +32,9 @@ def plan(job: AnyJob, world_size: int, device: Device) -> ExecutionPlan:
         micro_batch_size=micro,
         gradient_accumulation_steps=-(-rows // micro),
         precision=job.train.precision,
-        offload=job.offload if engine.startswith("zero") else "none",
-        activation_checkpointing=job.train.activation_checkpointing,
+        offload=(job.offload or "none") if engine.startswith("zero") else "none",
+        activation_checkpointing=bool(job.train.activation_checkpointing),
+        loss=job.train.loss_mode or "chunked",
     )
 
 

@@ -32,7 +32,7 @@ RETRIED: dict[Outcome, bool] = {
     Outcome.STOPPED: False,
     Outcome.USER_ERROR: False,
     Outcome.DATA_ERROR: False,
-    Outcome.OUT_OF_MEMORY: False,  # the same plan would run out again
+    Outcome.OUT_OF_MEMORY: False,  # the same plan would run out again; another one is no retry (memory.ladder)
     Outcome.CONTRACT_MISMATCH: False,
     Outcome.CRASHED: True,
     Outcome.KILLED: True,
@@ -56,24 +56,31 @@ OUTCOMES: dict[ExitCode, Outcome] = {
 class Verdict:
     outcome: Outcome
     first: RankExit | None
-    """The rank whose failure came first; the others' are its echo."""
+    """The rank whose failure is the cause; the others' are its echo."""
 
 
 def judge(exits: Sequence[RankExit], world_size: int) -> Verdict:
     """The outcome of an attempt of which these ranks have told how they ended.
 
-    All done is success; any failure is the earliest one's; a rank of which nothing was heard was lost with its node.
+    All done is success. Any failure is the earliest one's, but one that only says that a peer is gone, or that the
+    agent ended the rest of a failing gang, is an echo, however early it was written down: a killed rank's end is
+    noticed after its peers have lost their connections to it. A rank of which nothing was heard was lost with its node.
     """
     failures = sorted(
-        (one for one in exits if one.code not in (ExitCode.DONE, ExitCode.STOPPED)), key=lambda one: one.time
+        (one for one in exits if one.code not in (ExitCode.DONE, ExitCode.STOPPED)),
+        key=lambda one: (_is_echo(one), one.time),
     )
-    if failures:
+    if failures and (len(exits) == world_size or not _is_echo(failures[0])):
         return Verdict(OUTCOMES[failures[0].code], failures[0])
     if len(exits) < world_size:
         return Verdict(Outcome.NODE_LOST, None)
     if any(one.code == ExitCode.STOPPED for one in exits):
         return Verdict(Outcome.STOPPED, None)
     return Verdict(Outcome.SUCCEEDED, None)
+
+
+def _is_echo(end: RankExit) -> bool:
+    return end.error is not None and end.error.echo
 
 
 def may_retry(outcome: Outcome, failures: int, max_restarts: int) -> bool:

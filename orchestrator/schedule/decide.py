@@ -8,10 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.cluster.model import Placement, Snapshot
-from orchestrator.errors import ImpossibleGangError
+from launch.contract import Device, ExecutionPlan
+from orchestrator.cluster.model import Need, Placement, Snapshot
+from orchestrator.errors import DoesNotFitError, ImpossibleGangError
 from orchestrator.job.lifecycle import Reason, ReasonCode
 from orchestrator.schedule.place import largest_gang, place
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to run a gang that fits where it says: what it needs of each rank's place, and the plan that goes with it."""
+
+    processes: int
+    device: Device
+    need: Need
+    plan: ExecutionPlan
 
 
 @dataclass(frozen=True)
@@ -25,12 +36,18 @@ class Waiting:
     min_processes: int
     max_processes: int
     accelerator: str
+    options: tuple[Option, ...] | None = None
+    """Best first; None where nobody knows what the job needs, so that any free slots will do."""
+    misfit: Reason | None = None
+    """Why there are no options."""
 
 
 @dataclass(frozen=True)
 class Start:
     job_id: str
     placement: Placement
+    plan: ExecutionPlan | None = None
+    """Of the option that was taken."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +75,13 @@ def decide(snapshot: Snapshot, waiting: Sequence[Waiting]) -> list[Decision]:
         if head is not None:
             decisions.append(Wait(job.job_id, _behind(head)))
             continue
-        placement = _largest_that_fits(snapshot, job)
-        if placement is None:
+        start = first_that_fits(snapshot, job)
+        if start is None:
             head = job
             decisions.append(Wait(job.job_id, _no_room(snapshot, job)))
         else:
-            snapshot = snapshot.with_placement(placement)
-            decisions.append(Start(job.job_id, placement))
+            snapshot = snapshot.with_placement(start.placement)
+            decisions.append(start)
     return decisions
 
 
@@ -74,7 +91,7 @@ def why_impossible(snapshot: Snapshot, job: Waiting) -> Reason | None:
         return Reason(code=ReasonCode.NO_NODES, sentence="the yard has no nodes", remedy="start or join a node")
     most = largest_gang(snapshot.idle(), job.accelerator)
     if most >= job.min_processes:
-        return None
+        return _why_no_memory(snapshot, job)
     kind = "" if job.accelerator == "any" else f" on {job.accelerator}"
     return Reason(
         code=ReasonCode.GANG_TOO_LARGE,
@@ -87,18 +104,49 @@ def check_possible(snapshot: Snapshot, job: Waiting) -> None:
     """Raises ImpossibleGangError if no placement on these nodes, all idle, holds the gang."""
     reason = why_impossible(snapshot, job)
     if reason is not None:
+        if reason.code == ReasonCode.DOES_NOT_FIT:
+            raise DoesNotFitError(reason.sentence, hint=reason.remedy)
         others_would_do = largest_gang(snapshot.idle(), "any") >= job.min_processes
         field = "resources.accelerator" if others_would_do else "resources.num_processes"
         raise ImpossibleGangError(reason.sentence, field=field, hint=reason.remedy)
 
 
-def _largest_that_fits(snapshot: Snapshot, job: Waiting) -> Placement | None:
-    most = min(job.max_processes, largest_gang(snapshot, job.accelerator))
-    return place(snapshot, most, job.accelerator) if most >= job.min_processes else None
+def _why_no_memory(snapshot: Snapshot, job: Waiting) -> Reason | None:
+    """The reason why the gang has too little memory even on an idle yard; None if it has enough, or nobody knows."""
+    if job.options is None or first_that_fits(snapshot.idle(), job) is not None:
+        return None
+    if job.misfit is not None:
+        return job.misfit
+    return Reason(
+        code=ReasonCode.DOES_NOT_FIT,
+        sentence="no placement on these nodes leaves each process as much memory as it needs",
+        remedy="see `tuneyard plan` for the nearest change that fits, or add a node with more memory",
+    )
+
+
+def first_that_fits(snapshot: Snapshot, job: Waiting) -> Start | None:
+    """The best option for which there is room; without options, the largest gang."""
+    if job.options is None:
+        most = min(job.max_processes, largest_gang(snapshot, job.accelerator))
+        placement = place(snapshot, most, job.accelerator) if most >= job.min_processes else None
+        return Start(job.job_id, placement) if placement is not None else None
+    for option in job.options:
+        placement = place(snapshot, option.processes, job.accelerator, option.need, (option.device,))
+        if placement is not None:
+            return Start(job.job_id, placement, option.plan)
+    return None
 
 
 def _no_room(snapshot: Snapshot, job: Waiting) -> Reason:
     free = largest_gang(snapshot, job.accelerator)
+    if job.options and free >= job.min_processes:
+        least = min(option.need.host_bytes for option in job.options)
+        return Reason(
+            code=ReasonCode.INSUFFICIENT_FREE,
+            sentence=f"first in the queue; needs {least / 2**30:.1f} GiB of host memory a process, "
+            "which running jobs hold",
+            remedy="starts when running jobs end; cancel one, or ask for fewer processes",
+        )
     kind = "" if job.accelerator == "any" else f" on {job.accelerator}"
     return Reason(
         code=ReasonCode.INSUFFICIENT_FREE,

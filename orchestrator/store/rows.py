@@ -12,6 +12,7 @@ from orchestrator.cluster.model import Placement
 from orchestrator.job.checkpoint import LastCheckpoint
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason
 from orchestrator.job.spec import AnyJob, parse_job
+from orchestrator.memory.ladder import Relief
 
 
 class Row(BaseModel):
@@ -40,6 +41,7 @@ class JobRow(Row):
     error: dict[str, Any] | None
     result: dict[str, Any] | None
     checkpoint: LastCheckpoint | None = None
+    relief: Relief | None = None
 
     @cached_property
     def job(self) -> AnyJob:

@@ -19,7 +19,7 @@ from sqlalchemy import (
     Text,
 )
 
-HEAD = "0003"
+HEAD = "0004"
 
 metadata = MetaData(
     naming_convention={
@@ -55,6 +55,7 @@ jobs = Table(
     Column("error", JSON, nullable=True),
     Column("result", JSON, nullable=True),
     Column("checkpoint", JSON, nullable=True),  # job.checkpoint.LastCheckpoint
+    Column("relief", JSON, nullable=True),  # memory.ladder.Relief, once it has run out of memory
     Index("ix_jobs_state", "state"),
 )
 
@@ -88,6 +89,25 @@ events = Table(
     Column("kind", String(40), nullable=False),
     Column("data", JSON, nullable=False),
     Index("ix_events_job_id", "job_id"),
+)
+
+# What attempts needed of memory, or that they did not fit: memory.alike.Peak.
+peaks = Table(
+    "peaks",
+    metadata,
+    Column("id", Integer, Identity(), primary_key=True),
+    Column("key", String(64), nullable=False),  # the same for like jobs
+    Column("device_kind", String(63), nullable=False),  # cpu, or a type of GPU
+    Column("world_size", Integer, nullable=False),
+    Column("plan", JSON, nullable=False),
+    Column("predicted", JSON, nullable=True),
+    Column("measured_bytes", BigInteger, nullable=True),
+    Column("limit_bytes", BigInteger, nullable=True),
+    Column("ran_out", Boolean, nullable=False),
+    Column("job_id", String(80), ForeignKey("jobs.id"), nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("time", Float, nullable=False),
+    Index("ix_peaks_key", "key"),
 )
 
 leases = Table(

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from launch.contract import Origin, dumps
 from orchestrator.errors import ConflictError, LeaseLostError, NotFoundError, StoreError
 from orchestrator.job.lifecycle import JOB_TRANSITIONS, JobState, Reason, ReasonCode
 from orchestrator.job.spec import AnyJob, dump_job
+from orchestrator.memory.alike import Peak
 from orchestrator.store import schema
 from orchestrator.store.rows import AttemptRow, EventRow, JobRow, Lease
 from orchestrator.store.transaction import Transaction
@@ -176,6 +177,13 @@ class Store:
         )
         with self._errors(), self.engine.connect() as connection:
             return [AttemptRow.model_validate(dict(row)) for row in connection.execute(query).mappings()]
+
+    def peaks(self, keys: Iterable[str], limit: int = 1000) -> list[Peak]:
+        """The newest rows of jobs with these keys, newest first."""
+        table = schema.peaks
+        query = sa.select(table).where(table.c.key.in_(sorted(set(keys)))).order_by(table.c.id.desc()).limit(limit)
+        with self._errors(), self.engine.connect() as connection:
+            return [Peak.model_validate(dict(row)) for row in connection.execute(query).mappings()]
 
     def events(self, job_id: str, after: int = 0, limit: int = 1000) -> list[EventRow]:
         """Events of a job with an id above `after`, oldest first."""

@@ -19,6 +19,7 @@ from orchestrator.job.lifecycle import (
     check_attempt_transition,
     check_job_transition,
 )
+from orchestrator.memory.alike import Peak
 from orchestrator.store import schema
 
 
@@ -159,6 +160,10 @@ class Transaction:
     def set_stop(self, job_id: str, number: int, request: StopRequest, now: float) -> None:
         """Remember the stop message before it is sent."""
         self.set_attempt(job_id, number, AttemptState.STOPPING, now, stop=dumps(request))
+
+    def add_peak(self, peak: Peak) -> None:
+        """What an attempt needed of memory."""
+        self._connection.execute(schema.peaks.insert().values(**dumps(peak)))
 
     def event(self, job_id: str | None, attempt: int | None, now: float, kind: str, data: dict[str, Any]) -> None:
         self._connection.execute(

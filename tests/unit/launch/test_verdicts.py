@@ -7,11 +7,11 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from launch.__main__ import exit_code_of
 from launch.config import OptimSpec
 from launch.contract import ExecutionPlan, ExitCode
 from launch.engine import build_engine, verify
 from launch.errors import ContractError, DataError, SpecError
+from launch.failure import exit_code_of
 from launch.metrics import EarlyStop
 from launch.model import drawn
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from launch.contract import ExecutionPlan
 from orchestrator.cli import describe
 from orchestrator.job.checkpoint import LastCheckpoint
-from orchestrator.job.lifecycle import JobState, Reason, ReasonCode
-from orchestrator.views import EventView, JobView
+from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
+from orchestrator.views import AttemptView, EventView, JobView
 
 
 def an_event(kind: str, attempt: int | None = 1, **data: Any) -> EventView:
@@ -62,3 +63,35 @@ def test_the_newest_checkpoint_and_a_save_that_failed_after_it(capsys: pytest.Ca
     assert "free space" in out
     describe._checkpoints(a_view(None), [FAILED, a_commit(4)])
     assert capsys.readouterr().out == ""
+
+
+def an_attempt(number: int, **plan: Any) -> AttemptView:
+    values = {
+        "engine": "ddp",
+        "world_size": 2,
+        "device": "cpu",
+        "micro_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+    }
+    return AttemptView(
+        number=number, state=AttemptState.ENDED, plan=ExecutionPlan.model_validate(values | plan), nodes=(),
+        run_dir="/r", created_at=0.0,
+    )  # fmt: skip
+
+
+def test_an_attempt_says_what_is_other_than_before_and_why() -> None:
+    first, second = an_attempt(1), an_attempt(2, micro_batch_size=4, gradient_accumulation_steps=2)
+    events = [
+        an_event("remembered", 1, sentence="starts on rung allocator, because job x ran out of memory"),
+        an_event("out-of-memory", 1, message="ran out of memory on rank 1 (its cgroup allows 1.0 GiB)", rank=1),
+        an_event("next-rung", 1, rung="micro-batch", sentence="micro-batch 8 → 4, accumulation 1 → 2"),
+    ]
+    assert describe.story(None, first, events) == [events[0].data["sentence"], events[1].data["message"]]
+    assert describe.story(first, second, events) == [
+        "other than before: micro-batch 8 → 4, accumulation 1 → 2, the rung micro-batch, because attempt 1 ran out of"
+        " memory"
+    ]
+    assert describe.story(second, an_attempt(3, world_size=4), events) == [
+        "other than before: ranks 2 → 4, micro-batch 4 → 8, accumulation 2 → 1"
+    ]
+    assert told(events[1]) == ["attempt 1 out-of-memory ran out of memory on rank 1 (its cgroup allows 1.0 GiB)"]

@@ -15,7 +15,9 @@ import psutil
 import pytest
 
 from launch.attempt import ENV_RUN_ID, ExitCode, write_atomically
+from launch.contract import RankExit
 from orchestrator.execute.member import LaunchRequest, Member
+from orchestrator.execute.oom import Death, Witness
 from orchestrator.execute.processes import end_all, is_alive, of_run
 
 # A launcher with one rank in a session of its own, as torchelastic has them.
@@ -115,6 +117,41 @@ def test_a_killed_rank_is_written_down_with_its_signal_missing_only_if_nobody_kn
     psutil.Process(json.loads(member.files.process(0).read_bytes())["pid"]).kill()
     until(member.tick)
     assert exit_of(member)["code"] == ExitCode.KILLED
+
+
+def test_a_rank_that_the_kernel_killed_for_its_memory_ran_out_of_it(
+    run_id: str, launcher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    death = Death("cgroup-killed", "the kernel killed it: its cgroup allows 1.0 GiB", 1 << 30, 1 << 30)
+    monkeypatch.setattr(Witness, "death", lambda _witness: death)
+    member = a_member(run_id, launcher, "hang")
+    member.start()
+    until(lambda: member.tick() or member.files.process(0).exists())
+    member.tick()
+    psutil.Process(json.loads(member.files.process(0).read_bytes())["pid"]).kill()
+    until(member.tick)
+    end = RankExit.model_validate(exit_of(member))
+    assert (end.code, end.signal) == (ExitCode.OUT_OF_MEMORY, 9)
+    assert end.error is not None
+    assert (end.error.code, end.error.message) == (death.code, death.message)
+    assert (end.error.limit_bytes, end.error.echo) == (1 << 30, False)
+
+
+def test_a_rank_that_we_ended_is_an_echo_whatever_the_kernel_has_counted(
+    run_id: str, launcher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Witness, "death", lambda _witness: Death("cgroup-killed", "it was another", None, None))
+    member = a_member(run_id, launcher, "hang")
+    member.start()
+    until(lambda: member.tick() or member.files.process(0).exists())
+    member.tick()
+    write_atomically(member.files.stop, json.dumps({"reason": "a rank failed", "deadline": 0}))
+    until(member.tick)
+    end = RankExit.model_validate(exit_of(member))
+    assert (end.code, end.signal) == (ExitCode.KILLED, 9)
+    assert end.error is not None
+    assert end.error.echo
+    assert end.error.message == "the node's agent ended it: it was asked to stop (a rank failed), and did not in time"
 
 
 def test_a_rank_that_leaves_without_a_word_counts_as_killed(run_id: str, launcher: Path) -> None:

@@ -41,6 +41,21 @@ def test_the_earliest_failure_is_the_cause(code: ExitCode) -> None:
     assert (verdict.outcome, verdict.first and verdict.first.rank) == (OUTCOMES[code], 1)
 
 
+@pytest.mark.parametrize("code", [ExitCode.OUT_OF_MEMORY, ExitCode.KILLED])
+def test_an_echo_is_not_the_cause_however_early_it_was_written(code: ExitCode) -> None:
+    """A killed rank's end is noticed by its agent, maybe of another node with another clock, after its peers fail."""
+    peers = [an_exit(0, ExitCode.CRASH, 1.0, "closed by peer", echo=True), an_exit(2, ExitCode.KILLED, 9.0, echo=True)]
+    verdict = judge([*peers, an_exit(1, code, 5.0, "the kernel killed it")], 3)
+    assert (verdict.outcome, verdict.first and verdict.first.rank) == (OUTCOMES[code], 1)
+
+
+def test_where_all_are_echoes_the_one_that_said_nothing_was_lost() -> None:
+    peers = [an_exit(0, ExitCode.CRASH, 2.0, "closed by peer", echo=True), an_exit(1, ExitCode.CRASH, 1.0, echo=True)]
+    assert judge(peers, 3).outcome == Outcome.NODE_LOST
+    verdict = judge(peers, 2)
+    assert (verdict.outcome, verdict.first and verdict.first.rank) == (Outcome.CRASHED, 1)
+
+
 @given(st.lists(st.sampled_from(ExitCode), max_size=8), st.integers(1, 8))
 def test_a_success_needs_every_rank(codes: list[ExitCode], world_size: int) -> None:
     exits = [an_exit(rank, code, time=rank) for rank, code in enumerate(codes[:world_size])]

@@ -1,0 +1,95 @@
+"""What a model needs of memory, as it was traced or worked out: independent of how many ranks share it. Torch-free."""
+
+from __future__ import annotations
+
+import bisect
+from typing import Literal
+
+from pydantic import Field
+
+from launch.config import LossMode, Precision
+from launch.contract import ExecutionPlan, Record
+
+Source = Literal["traced", "analytic"]
+
+
+class Line(Record):
+    """Bytes as a line over the rows of a micro-batch."""
+
+    base: float
+    per_row: float
+
+    def at(self, rows: int) -> float:
+        return self.base + self.per_row * rows
+
+
+class Curve(Record):
+    """Bytes at some micro-batches, by rows in ascending order; linear between them and after the last two."""
+
+    rows: tuple[int, ...] = Field(min_length=2)
+    bytes: tuple[float, ...] = Field(min_length=2)
+
+    def at(self, rows: int) -> float:
+        after = min(max(bisect.bisect_left(self.rows, rows), 1), len(self.rows) - 1)
+        first, second = self.rows[after - 1], self.rows[after]
+        share = (rows - first) / (second - first)
+        return self.bytes[after - 1] + share * (self.bytes[after] - self.bytes[after - 1])
+
+
+class Passes(Record):
+    """What a forward and backward pass needs beside weights, moments and gradients that are there before it.
+
+    Each is the largest sum over the time of the passes, of what is alive at once.
+    """
+
+    precision: Precision
+    native: bool
+    """Whether the weights themselves have that precision (ZeRO), or are cast for every use (autocast)."""
+    activation_checkpointing: bool
+    loss: LossMode
+    """`whole` also where `chunked` was asked for and the model's output layer does not allow it."""
+    beside_gradients: Line | Curve
+    """Activations, logits, casts of weights, temporary tensors: everything but gradients of weights."""
+    with_gradients: Line | Curve
+    """The same with the gradients that appear meanwhile, where there are none before (one process, its first
+    micro-batch). At least the gradients."""
+    at_loss: Line | Curve
+    """Of beside_gradients, what is alive when the backward pass begins: for the breakdown."""
+
+
+class Footprint(Record):
+    """A model with its task head, adapter and frozen parts, at one length of rows."""
+
+    source: Source
+    reason: str | None = None
+    """Why it is not traced, where that failed."""
+    length: int
+    """Tokens a row: the longest that can come."""
+    parameters: int
+    """Elements, each shared weight once."""
+    trainable: int
+    buffers_bytes: int = 0
+    step_bytes: int = 0
+    """Temporary tensors of the optimizer's step, where one process takes it."""
+    moments_bytes: int
+    """What the optimizer remembers of all trainable weights: AdamW 8 bytes an element (Kingma & Ba 2015)."""
+    small: int = 0
+    """Elements of the parameters that ZeRO-3 keeps whole on every rank."""
+    largest: int = 0
+    """Elements of the module that ZeRO-3 gathers the most for at once: one that has parameters of its own."""
+    runtime_bytes: int | None = None
+    """cpu: resident set of a process that has imported all that training does, in bytes; null if not measured."""
+    vocabulary: int = 0
+    passes: tuple[Passes, ...] = Field(min_length=1)
+
+    def of(self, plan: ExecutionPlan) -> Passes | None:
+        """The passes that run under `plan`; `whole` stands in where chunks were not to be had. None if not known."""
+        native = plan.zero_stage > 0 and plan.precision != "fp32"
+        wanted = [
+            one
+            for one in self.passes
+            if (one.precision, one.native, one.activation_checkpointing)
+            == (plan.precision, native, plan.activation_checkpointing)
+        ]
+        exact = [one for one in wanted if one.loss == plan.loss]
+        return exact[0] if exact else (wanted[0] if plan.loss == "chunked" and wanted else None)

@@ -1,0 +1,329 @@
+"""`strategy: auto`: the fastest plan that fits. Pure.
+
+Searched are strategy, offload, activation checkpointing, loss mode and micro-batch, at the job's own global batch: none
+of them changes what is trained. What the job file says of them stays as it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from launch.config import LossMode, Offload
+from launch.contract import Allocator, EngineName, ExecutionPlan
+from launch.footprint_record import Footprint
+from launch.shape import ModelShape
+from orchestrator.cluster.spec import NodeKind
+from orchestrator.job.spec import TrainingJob
+from orchestrator.memory.estimate import Predicted, Side, predict
+from orchestrator.memory.plan import MAX_MICRO_BATCH
+from orchestrator.memory.speed import StepTime, step_time, work_of
+
+HOST_SHARE = 0.9
+"""Of a host's memory, what ranks may have: the rest is the system's."""
+CPU_FAST = 1.35
+"""What malloc holds at most, where it keeps what is freed, of what comes and goes and has been in use at once. (Of a
+GPU's allocator the estimate itself tells.)"""
+ZERO_MUST_SAVE = 1.25
+"""ZeRO is taken where plain training fits only if it is this much faster: there is more that can go wrong, and with
+bf16 it rounds the weights themselves."""
+ALTERNATIVES = 4
+ORDER: tuple[EngineName, ...] = ("single", "ddp", "zero1", "zero2", "zero3")
+
+Predict = Callable[[Footprint, ExecutionPlan, bool], Predicted]
+"""What a rank will hold; last, whether with a copy of the state for checkpoints."""
+
+
+@dataclass(frozen=True)
+class Margin:
+    """Shares added to what is predicted, before it is compared with what there is."""
+
+    static: float = 0.02
+    """On what stays: weights, gradients, the optimizer's state."""
+    dynamic: float = 0.10
+    """On what comes and goes: activations, logits, buffers."""
+
+    def scaled(self, factor: float) -> Margin:
+        """What has been learned is told as a factor of both."""
+        return Margin(self.static * factor, self.dynamic * factor)
+
+
+COLD = Margin()
+"""Before anything has been measured."""
+
+STAYS = frozenset(
+    {"weights", "optimizer", "gradients", "buckets", "context", "process", "checkpoint_buffer", "best_weights"}
+)
+"""Lines of a breakdown that are known exactly; everything else comes and goes."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one rank may use, in bytes. On a CPU it is one memory, the host's."""
+
+    device: int
+    host: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan, what it needs and how long its step would take."""
+
+    plan: ExecutionPlan
+    kind: NodeKind
+    predicted: Predicted
+    needed: Room
+    """With the margin."""
+    room: Room
+    seconds: StepTime
+
+    @property
+    def fits(self) -> bool:
+        return self.needed.device <= self.room.device and self.needed.host <= self.room.host
+
+    @property
+    def margin_bytes(self) -> int:
+        """Of all that is needed, what is margin: on a CPU for the one memory, else for the GPU's."""
+        device, host = self.predicted.device.peak_bytes, self.predicted.host.peak_bytes
+        return self.needed.device - device - (host if self.plan.device == "cpu" else 0)
+
+    @property
+    def rank(self) -> tuple[float, ...]:
+        """Less is better: the step's time, ZeRO's a quarter more, and of equals the plainest."""
+        plan = self.plan
+        return (
+            self.seconds.total * (ZERO_MUST_SAVE if plan.zero_stage else 1.0),
+            ORDER.index(plan.engine),
+            plan.activation_checkpointing,
+            plan.loss == "whole",
+            plan.allocator == "tight",
+            -plan.micro_batch_size,
+        )
+
+    @property
+    def excess(self) -> float:
+        """Above 1, by which factor it does not fit."""
+        pairs = ((self.needed.device, self.room.device), (self.needed.host, self.room.host))
+        return max(needed / max(1, room) for needed, room in pairs)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The plan that was chosen; if nothing fits, the one that misses by least."""
+
+    best: Candidate
+    others: tuple[Candidate, ...]
+    """The next best, each of another strategy, offload, checkpointing, number of ranks or kind of node."""
+    margin: Margin
+    reason: str
+
+    @property
+    def fits(self) -> bool:
+        return self.best.fits
+
+
+def search(
+    job: TrainingJob,
+    shape: ModelShape | None,
+    footprint: Footprint,
+    kinds: Sequence[NodeKind],
+    margin: Margin = COLD,
+    predict: Predict | None = None,
+) -> Choice | None:
+    """The best plan of `job` on `kinds`; None where no kind of node takes so many processes of such a job."""
+    predict = predict or predict_of(job)
+    work = work_of(shape, job, footprint)
+    found = []
+    for kind, world in placements(job, kinds):
+        for frame in frames(job, world, kind):
+            plan, told_of = _largest(job, footprint, frame, kind, margin, predict)
+            seconds = step_time(work, job, footprint, plan, kind)
+            room = room_of(kind, world)
+            found.append(Candidate(plan, kind, told_of, needed(told_of, plan, margin), room, seconds))
+    if not found:
+        return None
+    fitting = sorted((one for one in found if one.fits), key=lambda one: one.rank)
+    missing = sorted((one for one in found if not one.fits), key=lambda one: one.excess)
+    best = (fitting or missing)[0]
+    others = _next_best(best, [*fitting, *missing])
+    return Choice(best, others, margin, _reason(job, best, fitting, missing))
+
+
+def predict_of(job: TrainingJob) -> Predict:
+    """What a rank of `job` will hold, with what the job file has it keep in host memory."""
+
+    def told_of(footprint: Footprint, plan: ExecutionPlan, buffer: bool) -> Predicted:
+        return predict(footprint, plan, save_buffer=buffer, keep_best=job.train.keep_best)
+
+    return told_of
+
+
+def placements(job: TrainingJob, kinds: Iterable[NodeKind]) -> Iterator[tuple[NodeKind, int]]:
+    """Kinds of nodes and numbers of ranks that the job may have: its bounds, and the powers of two between them."""
+    low, high = job.resources.bounds
+    sizes = {low, high, *(1 << power for power in range(17))}
+    for kind in kinds:
+        if kind.takes(job.resources.accelerator) and not (kind.gpu is None and job.train.precision == "fp16"):
+            most = min(high, kind.most)
+            for world in sorted(size for size in sizes | {most} if low <= size <= most):
+                yield kind, world
+
+
+def frames(job: TrainingJob, world: int, kind: NodeKind) -> Iterator[ExecutionPlan]:
+    """Every plan that the job file leaves open, with the largest micro-batch."""
+    rows = -(-job.train.global_batch_size // world)
+    micro = min(job.train.micro_batch_size or MAX_MICRO_BATCH, rows)
+    checkpointing = job.train.activation_checkpointing
+    losses: tuple[LossMode, ...] = (job.train.loss_mode,) if job.train.loss_mode else ("chunked", "whole")
+    if job.model.task != "causal-lm":
+        losses = losses[:1]
+    for engine, offload in engines(job, world, kind):
+        for recompute in (False, True) if checkpointing is None else (checkpointing,):
+            for loss in losses:
+                for allocator in cast(tuple[Allocator, ...], ("fast", "tight")):
+                    yield ExecutionPlan(
+                        engine=engine,
+                        world_size=world,
+                        device=kind.device,
+                        micro_batch_size=micro,
+                        gradient_accumulation_steps=-(-rows // micro),
+                        precision=job.train.precision,
+                        offload=offload,
+                        activation_checkpointing=recompute,
+                        loss=loss,
+                        allocator=allocator,
+                    )
+
+
+def engines(job: TrainingJob, world: int, kind: NodeKind) -> Iterator[tuple[EngineName, Offload]]:
+    """Strategies with what each may keep in host memory. One rank has nothing to share, and ZeRO only to offload."""
+    if job.strategy == "auto":
+        plain: EngineName = "single" if world == 1 else "ddp"
+        names = [plain] if job.train.optimizer == "adafactor" else [plain, *ORDER[2:]]
+    elif job.strategy in ("single", "ddp"):
+        names = ["single" if world == 1 else "ddp"]
+    else:
+        names = [job.strategy]
+    for name in names:
+        zero = name.startswith("zero")
+        offloads: tuple[Offload, ...] = ("none",)
+        if zero and job.offload is not None:
+            offloads = (job.offload,)
+        elif zero and kind.gpu is not None:
+            offloads = ("none", "optimizer", "all")
+        elif not zero and job.offload not in (None, "none"):
+            offloads = ()
+        for offload in offloads:
+            idle = zero and world == 1 and offload == "none" and job.strategy == "auto"
+            if not idle and (offload != "all" or name == "zero3"):
+                yield name, offload
+
+
+def room_of(kind: NodeKind, world: int) -> Room:
+    """What a rank may use where as many ranks as possible share a node."""
+    host = int(kind.memory_bytes * HOST_SHARE / kind.local(world))
+    return Room(kind.gpu_memory_bytes, host) if kind.gpu is not None else Room(host, host)
+
+
+def needed(predicted: Predicted, plan: ExecutionPlan, margin: Margin) -> Room:
+    """What `predicted` comes to with the margin, and with what the allocator holds."""
+    held = CPU_FAST if plan.device == "cpu" and plan.allocator == "fast" else 1.0
+    host, device = _with_margin(predicted.host, margin, 1.0), _with_margin(predicted.device, margin, held)
+    return Room(device, host) if plan.device == "cuda" else Room(device + host, device + host)
+
+
+def _with_margin(side: Side, margin: Margin, held: float) -> int:
+    stays = sum(count for name, count in side.breakdown.items() if name in STAYS)
+    return int(stays * (1 + margin.static) + max(0, side.peak_bytes - stays) * held * (1 + margin.dynamic))
+
+
+def _largest(
+    job: TrainingJob,
+    footprint: Footprint,
+    frame: ExecutionPlan,
+    kind: NodeKind,
+    margin: Margin,
+    predict: Predict,
+) -> tuple[ExecutionPlan, Predicted]:
+    """`frame` with the largest micro-batch that fits, up to its own; with one row a pass if none does."""
+    rows = -(-job.train.global_batch_size // frame.world_size)
+    room = room_of(kind, frame.world_size)
+
+    def at(micro: int) -> tuple[ExecutionPlan, Predicted, bool]:
+        changes = {"micro_batch_size": micro, "gradient_accumulation_steps": -(-rows // micro)}
+        plan = frame.model_copy(update=changes)
+        # Beside a GPU the copy is only made where the host has room for it; otherwise saves take longer.
+        for buffer in dict.fromkeys(
+            (job.checkpoint.asynchronous, job.checkpoint.asynchronous and plan.device == "cpu")
+        ):
+            told_of = predict(footprint, plan, buffer)
+            needs = needed(told_of, plan, margin)
+            fits = needs.device <= room.device and needs.host <= room.host
+            if fits:
+                break
+        return plan, told_of, fits
+
+    plan, told_of, fits = at(frame.micro_batch_size)
+    if fits or job.train.micro_batch_size is not None:
+        return plan, told_of
+    low, high = 0, frame.micro_batch_size  # low fits, if it is any; high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if at(middle)[2] else (low, middle)
+    return at(max(1, low))[:2]
+
+
+def _next_best(best: Candidate, ordered: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    def way(one: Candidate) -> tuple[object, ...]:
+        plan = one.plan
+        return plan.engine, plan.offload, plan.activation_checkpointing, plan.world_size, one.kind.name
+
+    seen, others = {way(best)}, []
+    for one in ordered:
+        if way(one) not in seen:
+            seen.add(way(one))
+            others.append(one)
+    return tuple(others[:ALTERNATIVES])
+
+
+def why_not(one: Candidate, best: Candidate) -> str:
+    """Why `one` was not taken: `a step takes 12 % longer`."""
+    if not one.fits:
+        return f"does not fit: {missing(one)}"
+    more = one.seconds.total / best.seconds.total - 1
+    if more >= 0.005:
+        return f"a step takes {more:.0%} longer"
+    if one.plan.zero_stage and not best.plan.zero_stage:
+        return "not faster by enough to be worth the sharding"
+    return "as fast, and less plain"
+
+
+def missing(one: Candidate) -> str:
+    """`needs 91.2 GiB of 79.1 GiB on the GPU`."""
+    where = (
+        "of host memory a process" if one.plan.device == "cpu" or one.needed.device <= one.room.device else "on the GPU"
+    )
+    short = one.needed.device > one.room.device
+    needs, has = (one.needed.device, one.room.device) if short else (one.needed.host, one.room.host)
+    return f"needs {needs / 2**30:.1f} GiB, and there are {has / 2**30:.1f} GiB {where}"
+
+
+def _reason(job: TrainingJob, best: Candidate, fitting: Sequence[Candidate], missing_: Sequence[Candidate]) -> str:
+    if not best.fits:
+        return f"nothing fits; what misses by least ({told(best.plan)}) {missing(best)}"
+    plain = [one for one in (*fitting, *missing_) if not one.plan.zero_stage]
+    if job.strategy != "auto" or not best.plan.zero_stage:
+        return f"the fastest of {len(fitting)} plans that fit, of {len(fitting) + len(missing_)}"
+    if plain and not any(one.fits for one in plain):
+        least = min(plain, key=lambda one: one.excess)
+        return f"the fastest that fits; without sharding it {missing(least)}"
+    return "the fastest that fits, by more than sharding costs"
+
+
+def told(plan: ExecutionPlan) -> str:
+    """A plan in a few words."""
+    words = [f"{plan.engine} on {plan.world_size}", f"micro-batch {plan.micro_batch_size}"]
+    words += ["activation checkpointing"] * plan.activation_checkpointing
+    words += [f"offload {plan.offload}"] * (plan.offload != "none") + ["whole logits"] * (plan.loss == "whole")
+    return ", ".join(words)

@@ -1,0 +1,84 @@
+"""`python -m tests.victims`: launch, where ranks run out of memory: truly, or as they are told to.
+
+VICTIM is a Victim as JSON; without it nothing is done. CGROUP is a cgroup of memory that every rank moves into.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ENV_VICTIM, ENV_CGROUP = "VICTIM", "CGROUP"
+
+
+@dataclass(frozen=True)
+class Victim:
+    """Who runs out of memory, when, and how it is told."""
+
+    rank: int
+    step: int
+    """From 1."""
+    attempts: tuple[int, ...] = (1,)
+    where: str = "forward"
+    """load, forward, or backward."""
+    how: str = "cuda"
+    """cuda: torch's exception; host: Python's; cpu: what torch's CPU allocator raises; kill: SIGKILL, no exception."""
+
+    def strike(self) -> None:
+        import torch
+
+        match self.how:
+            case "cuda":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            case "host":
+                raise MemoryError
+            case "cpu":
+                torch.empty(1 << 60, dtype=torch.uint8)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def install(victim: Victim) -> None:
+    """Change the program of this process, if it is the one."""
+    import launch.train
+    from launch.attempt import ENV_RUN_ID
+
+    attempt = int(os.environ[ENV_RUN_ID].rpartition(".")[2])
+    if victim.rank != int(os.environ.get("RANK", "0")) or attempt not in victim.attempts:
+        return
+    summed = launch.train.Loop.summed_loss
+
+    def unlucky(loop: launch.train.Loop, *arguments: Any) -> Any:
+        if loop.step + 1 != victim.step:
+            return summed(loop, *arguments)
+        if victim.where == "forward":
+            victim.strike()
+        loss = summed(loop, *arguments)
+        loss.register_hook(lambda _gradient: victim.strike())
+        return loss
+
+    def unbuilt(*_arguments: Any, **_options: Any) -> None:
+        victim.strike()
+
+    if victim.where == "load":
+        launch.train.build_engine = unbuilt
+    else:
+        launch.train.Loop.summed_loss = unlucky
+
+
+def main() -> None:
+    if os.environ.get(ENV_CGROUP):
+        Path(os.environ[ENV_CGROUP], "cgroup.procs").write_text(str(os.getpid()))
+    if os.environ.get(ENV_VICTIM):
+        install(Victim(**json.loads(os.environ[ENV_VICTIM])))
+    from launch.__main__ import main
+
+    main()
+
+
+if __name__ == "__main__":
+    main()
