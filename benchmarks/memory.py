@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from benchmarks.memory_world import Case, measured, plan_of, write_job
@@ -37,9 +34,9 @@ SHARDED = [
 ]  # fmt: skip
 
 
-def footprint_of(case: Case, folder: Path) -> Footprint:
+def footprint_of(case: Case, folder: Path, *, planned: bool = False) -> Footprint:
     """What `launch.footprint` says of the case's job file."""
-    command = [sys.executable, "-m", "launch.footprint", "--config", str(write_job(case, folder))]
+    command = [sys.executable, "-m", "launch.footprint", "--config", str(write_job(case, folder, planned=planned))]
     told = subprocess.run(command, capture_output=True, text=True, check=False)
     if told.returncode:
         raise RuntimeError(told.stderr)

@@ -46,7 +46,7 @@ FROZEN_ALIVE = 2
 gradient of its inputs, one layer late. Inferred from how the published peaks grow with the batch, not from its code."""
 RESERVED = 1.2
 """What the caching allocator holds of what has been allocated: about the middle of this file's pairs of allocated and
-nvidia-smi, which go from 1.0 to 1.9. The one constant here that is fitted."""
+nvidia-smi, which go from 1.0 to 1.8. The one constant here that is fitted."""
 CONTEXT = 0.5 * GIB
 """Of a CUDA process, which nvidia-smi counts."""
 FAMILY = {

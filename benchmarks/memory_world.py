@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 import yaml
 
-from launch.config import Precision
+from launch.config import Precision, load_train_spec
 from launch.contract import ExecutionPlan, ExitCode, RankResult
 from launch.document import read_document
-from launch.config import load_train_spec
 from tests.worlds import a_contract, start
 
 Shape = Literal["bert", "gpt2", "llama"]
@@ -39,6 +38,12 @@ class Case:
     allocator: Literal["fast", "tight"] = "tight"
     lora: bool = False
     dropout: float = 0.0
+    hidden: int = 512
+    layers: int = 8
+
+    @property
+    def model(self) -> str:
+        return f"{self.shape}-{self.hidden}-{self.layers}"
 
     @property
     def world_size(self) -> int:
@@ -48,7 +53,9 @@ class Case:
     def name(self) -> str:
         parts = [self.shape, f"{self.rows}x{self.length}", self.engine, self.precision]
         parts += ["checkpointed"] * self.checkpointing + ["whole"] * (self.loss == "whole") + ["lora"] * self.lora
-        parts += [f"offload-{self.offload}"] * (self.offload != "none") + [f"x{self.accumulation}"] * (self.accumulation > 1)
+        parts += [f"offload-{self.offload}"] * (self.offload != "none") + [f"x{self.accumulation}"] * (
+            self.accumulation > 1
+        )
         return " ".join(parts + ["fast"] * (self.allocator == "fast"))
 
 
@@ -57,36 +64,42 @@ def word(number: int) -> str:
     return "".join("abcdefghijklmnopqrst"[number // 20**place % 20] for place in range(4))
 
 
-def write_model(shape: Shape, directory: Path) -> Path:
+def write_model(shape: Shape, directory: Path, hidden: int = 512, layers: int = 8) -> Path:
     """Configuration, random weights and a tokenizer of whole words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
-        BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
+        BertConfig,
+        BertModel,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
     )  # fmt: skip
 
     size = WORDS[shape]
     tokenizer = Tokenizer(models.WordLevel({word(i): i for i in range(size)}, unk_token=word(1)))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=word(0), unk_token=word(1), eos_token=word(2)).save_pretrained(
-        directory
-    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=word(0), unk_token=word(1), eos_token=word(2)
+    ).save_pretrained(directory)
     torch.manual_seed(0)
     ends = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}
     model: Any
     if shape == "bert":
         model = BertModel(BertConfig(
-            vocab_size=size, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, intermediate_size=2048,
+            vocab_size=size, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=8, intermediate_size=4 * hidden,
             max_position_embeddings=512, pad_token_id=0,
         ))  # fmt: skip
     elif shape == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(
-            vocab_size=size, n_embd=512, n_layer=8, n_head=8, n_positions=1024, **ends
+            vocab_size=size, n_embd=hidden, n_layer=layers, n_head=8, n_positions=1024, **ends
         ))  # fmt: skip
     else:
         model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=size, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
-            intermediate_size=1408, max_position_embeddings=2048, tie_word_embeddings=False, **ends,
+            vocab_size=size, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=2,
+            intermediate_size=11 * hidden // 4, max_position_embeddings=2048, tie_word_embeddings=False, **ends,
         ))  # fmt: skip
     model.save_pretrained(directory)
     return directory
@@ -103,11 +116,11 @@ def write_rows(shape: Shape, length: int, path: Path, rows: int = 256) -> Path:
     return path
 
 
-def write_job(case: Case, folder: Path) -> Path:
-    """The job file of `case`; models and data are shared by cases."""
-    model, data = folder / f"model-{case.shape}", folder / f"{case.shape}-{case.length}.tsv"
+def write_job(case: Case, folder: Path, *, planned: bool = False) -> Path:
+    """The job file of `case`; models and data are shared by cases. If it is to be `planned`, the planner is free."""
+    model, data = folder / f"model-{case.model}", folder / f"{case.shape}-{case.length}.tsv"
     if not model.exists():
-        write_model(case.shape, model)
+        write_model(case.shape, model, case.hidden, case.layers)
     if not data.exists():
         write_rows(case.shape, case.length, data)
     job: dict[str, Any] = {
@@ -135,7 +148,13 @@ def write_job(case: Case, folder: Path) -> Path:
         job["offload"] = case.offload
     if case.lora:
         job["adapter"] = {"r": 16}
-    path = folder / f"{abs(hash(case))}.yaml"
+    if planned:
+        job["strategy"] = "auto"
+        job["resources"] = {"num_processes": case.world_size}
+        job["checkpoint"] = {"every_steps": 1000}
+        for choice in ("micro_batch_size", "loss_mode", "activation_checkpointing"):
+            job["train"].pop(choice, None)
+    path = folder / f"{'planned' if planned else 'job'}-{abs(hash(case))}.yaml"
     path.write_text(yaml.safe_dump(job))
     return path
 

@@ -28,6 +28,7 @@ from launch.failure import describe, exit_code_of
 from launch.leash import hold_leash
 from launch.stop import StopWish
 from launch.supervise import run_command
+from launch.swap import remove_folders
 
 
 def main() -> None:
@@ -55,6 +56,7 @@ def main() -> None:
         error = describe(problem)
         print(error.traceback, file=sys.stderr)
         ending.record(exit_code_of(problem), error=error)
+    remove_folders()
     # Sockets close with the process, so that peers which wait for this rank fail at once. Leaving their group in order
     # would be to wait for them.
     ending.leave()

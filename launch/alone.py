@@ -67,6 +67,7 @@ def plan_alone(spec: TrainSpec, world_size: int, device: Device) -> ExecutionPla
         gradient_accumulation_steps=micro_steps(spec.train.global_batch_size, world_size, micro_batch),
         precision=spec.train.precision,
         offload=spec.offload or "none",
+        offload_path=spec.offload_path if spec.offload else None,
         activation_checkpointing=bool(spec.train.activation_checkpointing),
         loss=spec.train.loss_mode or "chunked",
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 # Environment of every process of an attempt.
@@ -24,6 +25,12 @@ ENV_PROGRESS_FILE = "TUNEYARD_PROGRESS_FILE"
 # Environment of a standby: so many characters, the room in which its attempt's id is written when it gets one.
 ENV_RESERVED = "TUNEYARD_STANDBY"
 RESERVED = 160
+
+
+# A plan's wish for a GPU's allocator. Who starts the launcher puts it into torch's own words (`told_to_torch`).
+ENV_ALLOCATOR = "TUNEYARD_ALLOCATOR"
+TORCH_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Where torch looks for its allocator's settings; it reads the first of them that is set, and only at the start."""
 
 
 class ExitCode(enum.IntEnum):
@@ -86,6 +93,26 @@ class AttemptFiles:
 
     def log(self, rank: int) -> Path:
         return self.rank(rank) / "log"
+
+
+def told_to_torch(environment: Mapping[str, str]) -> dict[str, str]:
+    """A launcher's `environment` in which torch reads the wish of ENV_ALLOCATOR, beside what the user tells it there.
+
+    Whatever the user says of expandable segments stands; a rank finds out, and refuses to run as something else.
+    """
+    told = dict(environment)
+    if told.pop(ENV_ALLOCATOR, None) == "tight":
+        name = next((name for name in TORCH_ALLOCATOR if told.get(name)), TORCH_ALLOCATOR[-1])
+        if expands_segments(told.get(name, "")) is None:
+            told[name] = ",".join(filter(None, [told.get(name), "expandable_segments:True"]))
+    return told
+
+
+def expands_segments(settings: str) -> bool | None:
+    """What settings of torch's allocator say of expandable segments; None if nothing."""
+    said = dict(pair.strip().partition(":")[::2] for pair in settings.split(","))
+    value = said.get("expandable_segments")
+    return None if value is None else value.strip() == "True"
 
 
 def write_atomically(path: Path, text: str) -> None:

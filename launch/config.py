@@ -17,7 +17,7 @@ from launch.data_spec import DataSpec, SplitSpec
 from launch.document import Document
 from launch.errors import Refused, SpecErrors
 from launch.explain import explain
-from launch.optimisation import EarlyStopping, LossMode, Metric, OptimSpec, Precision
+from launch.optimisation import WHOLE_WEIGHTS, EarlyStopping, LossMode, Metric, OptimSpec, Precision
 from launch.section import Section
 
 __all__ = [
@@ -144,6 +144,8 @@ class EngineChoice(Section):
     offload: Offload | None = None
     """Keep optimizer state, or optimizer state and parameters, in host memory (ZeRO only); null lets the planner
     choose: only where it would not fit otherwise."""
+    offload_path: str | None = None
+    """A directory on the nodes' own disks (NVMe) for what `offload` moves, instead of host memory. ZeRO-3 only."""
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> EngineChoice:
@@ -158,6 +160,31 @@ class EngineChoice(Section):
                 f"`offload: all` moves parameters, which `{self.strategy}` does not shard",
                 at=("offload",),
                 hint="take `strategy: zero3`, or `offload: optimizer`",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _disks_are_for_zero3(self) -> EngineChoice:
+        if self.offload_path is None:
+            return self
+        if not Path(self.offload_path).is_absolute():
+            raise Refused(
+                f"`{self.offload_path}` is not absolute, and every node looks for it on a disk of its own",
+                at=("offload_path",),
+                code="invalid-value",
+                hint="give the whole path, such as `/local_nvme/tuneyard`",
+            )
+        if self.offload == "none":
+            raise Refused(
+                "`offload_path` is where `offload` moves things to, and `offload: none` moves none",
+                at=("offload_path",),
+                hint="take `offload: optimizer` or `offload: all`, or leave `offload_path` out",
+            )
+        if self.strategy not in ("auto", "zero3"):
+            raise Refused(
+                f"only ZeRO-3 moves state to a disk; on `{self.strategy}` it would stay in memory",
+                at=("offload_path",),
+                hint="take `strategy: zero3`, or leave `offload_path` out",
             )
         return self
 
@@ -182,11 +209,18 @@ class TrainSpec(EngineChoice):
         if self.model.task == "sequence-classification":
             self._is_classification()
         _check_task(self.train, self.model.task, self.adapter)
-        if self.train.optimizer == "adafactor" and self.strategy in ("zero1", "zero2", "zero3"):
+        if self.train.optimizer in WHOLE_WEIGHTS and self.strategy in ("zero1", "zero2", "zero3"):
             raise Refused(
-                f"adafactor needs whole matrices, and `{self.strategy}` gives an optimizer flat pieces of them",
+                f"{self.train.optimizer} {WHOLE_WEIGHTS[self.train.optimizer]}, and `{self.strategy}` gives an "
+                "optimizer flat pieces of the weights",
                 at=("train", "optimizer"),
-                hint="take `strategy: ddp` (adafactor's state is small anyway), or the optimizer adamw or lion",
+                hint="take `strategy: ddp` (the state is small anyway), or the optimizer adamw or lion",
+            )
+        if self.offload_path is not None and self.offload == "all" and self.train.keep_best:
+            raise Refused(
+                "`keep_best` copies the weights in memory, and `offload: all` to a disk leaves none there",
+                at=("train", "keep_best"),
+                hint="leave it out, or take `offload: optimizer`",
             )
         return self
 
@@ -296,8 +330,8 @@ def resolve_paths(spec: TrainSpec, base: Path) -> TrainSpec:
     )
 
 
-def load_train_spec(document: Document) -> TrainSpec:
-    """The TrainSpec inside a job file, for `launch` run alone.
+def load_train_spec(document: Document, *, planned: bool = True) -> TrainSpec:
+    """The TrainSpec inside a job file, for `launch` run alone; not `planned`, it is only looked at.
 
     Raises:
         SpecError: a fault in the file, a `run:` job, or `strategy: auto`, which only the planner resolves.
@@ -310,7 +344,7 @@ def load_train_spec(document: Document) -> TrainSpec:
     data = {key: value for key, value in document.data.items() if key not in ORCHESTRATOR_KEYS}
     alone = Document(path=document.path, data=data, lines=document.lines, overrides=document.overrides)
     spec = validate(TrainSpec, alone)
-    if spec.strategy == "auto":
+    if planned and spec.strategy == "auto":
         raise document.error(
             ("strategy",),
             "`strategy: auto` is resolved by the planner, which launch does not run",

@@ -80,6 +80,8 @@ class ExecutionPlan(Record):
     """Forward passes per rank and optimizer step."""
     precision: Precision = "fp32"
     offload: Offload = "none"
+    offload_path: str | None = None
+    """The directory on each node's disk that it is moved to; None is host memory."""
     activation_checkpointing: bool = False
     loss: LossMode = "chunked"
     """A language model's; chunked only where its output layer allows that, which a rank finds out."""

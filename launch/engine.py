@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,14 +20,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from launch.checkpoint.state import TrainingState, state_of
-from launch.config import OptimSpec
+from launch.config import Offload, OptimSpec
 from launch.contract import ExecutionPlan
 from launch.engine_config import deepspeed_config
 from launch.errors import ContractError, SpecError
 from launch.host import resident_bytes
 from launch.layers import RATE_FACTOR, by_layer
 from launch.model import weight_decay_groups
+from launch.optimisation import WHOLE_WEIGHTS
 from launch.optimizers import make_optimizer, state_bytes
+from launch.swap import take_folder
 
 
 class Engine(Protocol):
@@ -75,7 +78,7 @@ def make_accelerator(plan: ExecutionPlan, optim: OptimSpec, trackers: tuple[str,
     loads, and learns here that it should.
 
     Raises:
-        SpecError: a precision that the device does not have.
+        SpecError: a precision that the device does not have, or a disk for offloading that the node does not have.
         ContractError: the launcher's environment would turn the plan into something else.
     """
     if plan.precision == "fp16" and plan.device == "cpu":
@@ -113,11 +116,12 @@ def make_accelerator(plan: ExecutionPlan, optim: OptimSpec, trackers: tuple[str,
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # the launcher's DeepSpeed keys; the plan says it all
     backend = "gloo" if plan.device == "cpu" else "nccl"
+    folder = take_folder(plan.offload_path) if plan.offload_path else None
     return Accelerator(
         # Precision is DeepSpeed's configuration's to say; an autocast around its engine would be a second opinion.
         mixed_precision="no",
         deepspeed_plugin=DeepSpeedPlugin(
-            hf_ds_config=deepspeed_config(optim, plan), zero3_init_flag=plan.zero_stage == 3
+            hf_ds_config=deepspeed_config(optim, plan, folder), zero3_init_flag=plan.zero_stage == 3
         ),
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
         **common,
@@ -136,15 +140,15 @@ def build_engine(accelerator: Accelerator, model: PreTrainedModel, plan: Executi
         ContractError: the live engine differs from the plan, with every difference, or cannot run what it says.
         SpecError: the job's optimisation does not fit the model.
     """
-    if plan.zero_stage > 0 and optim.optimizer == "adafactor":
-        # It would run, on flat pieces of the weights, and quietly be another optimizer.
+    if plan.zero_stage > 0 and optim.optimizer in WHOLE_WEIGHTS:
         raise ContractError(
-            f"adafactor needs whole matrices, which {plan.engine} does not give it",
+            f"{optim.optimizer} needs whole weights, which {plan.engine} does not give it",
             field="plan.engine",
             hint="plan it as single or ddp",
         )
     groups = by_layer(weight_decay_groups(model, optim.weight_decay), model, optim.layer_decay)
-    optimizer = make_optimizer(groups, optim)
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    optimizer = make_optimizer(groups, optim, embeddings)
     engine: Engine
     if plan.zero_stage == 0:
         engine = PlainEngine(accelerator, model, optimizer, plan, optim.max_grad_norm)
@@ -239,6 +243,7 @@ class PlainEngine:
                 "device": self.accelerator.device.type,
                 "precision": "fp32" if precision == "no" else precision,
                 "offload": "none",
+                "offload_path": None,
                 "activation_checkpointing": self.module.is_activation_checkpointing,
             }
         )
@@ -303,14 +308,10 @@ class DeepSpeedEngine:
 
     def describe(self) -> ExecutionPlan:
         live = self._engine
-        offload = "none"
-        if live.zero_offload_param() is not None and live.zero_offload_param().device == "cpu":
-            offload = "all"
-        elif live.zero_offload_optimizer() is not None and live.zero_offload_optimizer().device == "cpu":
-            offload = "optimizer"
         assert self.accelerator.distributed_type.value == "DEEPSPEED", self.accelerator.distributed_type
         stage = live.zero_optimization_stage()
         assert _partitions(live.optimizer) == stage, f"stage {stage} is configured, {type(live.optimizer)} is running"
+        offload, path = _offloaded(live.optimizer)
         return self._plan.model_copy(
             update={
                 "engine": f"zero{int(stage)}",
@@ -320,6 +321,7 @@ class DeepSpeedEngine:
                 "gradient_accumulation_steps": live.gradient_accumulation_steps(),
                 "precision": "bf16" if live.bfloat16_enabled() else "fp16" if live.fp16_enabled() else "fp32",
                 "offload": offload,
+                "offload_path": path,
                 "activation_checkpointing": self.module.is_activation_checkpointing,
             }
         )
@@ -366,6 +368,21 @@ def _partitions(optimizer: Any) -> int:
         return 3
     assert isinstance(optimizer, DeepSpeedZeroOptimizer), type(optimizer)
     return 2 if optimizer.partition_gradients else 1
+
+
+def _offloaded(zero: Any) -> tuple[Offload, str | None]:
+    """What a ZeRO optimizer keeps outside of the device, and the directory on a disk where that is, if all of it is."""
+    if _partitions(zero) < 3:
+        return ("optimizer" if zero.cpu_offload else "none"), None
+    parts: dict[Offload, tuple[bool, bool]] = {
+        "all": (zero.offload_param, zero.params_in_nvme_and_cpu),
+        "optimizer": (zero.offload_optimizer, zero.swap_optimizer),
+    }
+    moved = [part for part, (moved, _) in parts.items() if moved]
+    on_disk = moved != [] and all(parts[part][1] for part in moved)
+    # <directory>/<this rank's>/zero_stage_3/optimizer/rank<number>
+    path = str(Path(zero.optimizer_swapper.swap_folder).parents[3]) if on_disk else None
+    return (moved[0] if moved else "none"), path
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -10,17 +10,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.attempt import ENV_ALLOCATOR
 from launch.config import OptimSpec
 from launch.contract import Device, ExecutionPlan, NodeShare
 
 BUCKET_ELEMENTS = 20_000_000
 """Gradients reduced at once; ZeRO holds buffers of this size beside the gradients."""
+LIVE_ELEMENTS: dict[Device, int] = {"cuda": 1_000_000_000, "cpu": 0}
+"""ZeRO-3 keeps so much of what it has gathered for the backward pass. On a CPU gathering again costs little, and memory
+is what ZeRO-3 is chosen for there."""
 PERSISTENT_ELEMENTS = 10_000
 """ZeRO-3 keeps smaller parameters whole on every rank: biases and norms are not worth a gather."""
+SUB_GROUP_ELEMENTS = 1_000_000_000
+"""ZeRO-3's optimizer takes a step on so many elements at once."""
+DISK_SUB_GROUP_ELEMENTS = 50_000_000
+"""The same where they come from a disk: buffers of this size are in host memory, one for each of DISK_BUFFERS."""
+DISK_BUFFERS = 4
+"""A master weight, its gradient and at most two moments."""
+DISK_PARAMETER_BUFFERS = 5
+"""Parameters from a disk that are in host memory at once, each in a buffer of DISK_PARAMETER_ELEMENTS."""
+DISK_PARAMETER_ELEMENTS = 100_000_000
+"""No rank's part of a parameter may have more."""
+AIO = {
+    "block_size": 1 << 20,
+    "queue_depth": 8,
+    "intra_op_parallelism": 1,
+    "single_submit": False,
+    "overlap_events": True,
+    "use_gds": False,
+}
+"""Asynchronous reads and writes: DeepSpeed's own values, but spelt out."""
 
 
-def deepspeed_config(optim: OptimSpec | None, plan: ExecutionPlan) -> dict[str, Any]:
+def deepspeed_config(optim: OptimSpec | None, plan: ExecutionPlan, folder: str | None = None) -> dict[str, Any]:
     """DeepSpeed's configuration for `plan`; `optim` gives the clipping, None (a user's own command) clips nothing.
+    `folder` is this rank's own in the plan's offload_path.
 
     The batch sizes are DeepSpeed's bookkeeping: the loss is normalised by the loop, not by them.
     """
@@ -33,24 +57,25 @@ def deepspeed_config(optim: OptimSpec | None, plan: ExecutionPlan) -> dict[str, 
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_partitions": True,
         "allgather_bucket_size": BUCKET_ELEMENTS,
-        "offload_optimizer": {
-            "device": "none" if plan.offload == "none" else "cpu",
-            "pin_memory": plan.device == "cuda" and plan.offload != "none",
-        },
+        "offload_optimizer": _place(plan, plan.offload != "none", folder)
+        | ({"buffer_count": DISK_BUFFERS} if plan.offload_path else {}),
     }
     if plan.zero_stage == 3:
         zero |= {
-            "offload_param": {
-                "device": "cpu" if plan.offload == "all" else "none",
-                "pin_memory": plan.device == "cuda" and plan.offload == "all",
-            },
-            "sub_group_size": 1_000_000_000,
-            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+            "offload_param": _place(plan, plan.offload == "all", folder),
+            "sub_group_size": DISK_SUB_GROUP_ELEMENTS if plan.offload_path else SUB_GROUP_ELEMENTS,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS if plan.device == "cuda" else 0,
             "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
-            "stage3_max_live_parameters": 1_000_000_000,
-            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_max_live_parameters": LIVE_ELEMENTS[plan.device],
+            "stage3_max_reuse_distance": LIVE_ELEMENTS[plan.device],
             "stage3_gather_16bit_weights_on_model_save": False,
         }
+        if plan.offload_path and plan.offload == "all":
+            zero["offload_param"] |= {
+                "buffer_count": DISK_PARAMETER_BUFFERS,
+                "buffer_size": DISK_PARAMETER_ELEMENTS,
+                "max_in_cpu": 0,  # none stays in host memory
+            }
     clip = optim.max_grad_norm if optim is not None else None
     return {
         "train_batch_size": plan.micro_batch_size * plan.gradient_accumulation_steps * plan.world_size,
@@ -66,7 +91,16 @@ def deepspeed_config(optim: OptimSpec | None, plan: ExecutionPlan) -> dict[str, 
         "zero_force_ds_cpu_optimizer": plan.device == "cuda" and (optim is None or optim.optimizer == "adamw"),
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
+        **({"aio": AIO} if plan.offload_path else {}),
     }
+
+
+def _place(plan: ExecutionPlan, moved: bool, folder: str | None) -> dict[str, Any]:
+    """Where a part of the state lies, in DeepSpeed's words."""
+    if not moved:
+        return {"device": "none", "pin_memory": False}
+    place = {"device": "nvme" if plan.offload_path else "cpu", "pin_memory": plan.device == "cuda"}
+    return place | ({"nvme_path": folder or plan.offload_path} if plan.offload_path else {})
 
 
 def accelerate_config(
@@ -131,6 +165,8 @@ def launch_environment(plan: ExecutionPlan, node: NodeShare) -> dict[str, str]:
     else:
         assert len(node.gpus) == node.processes, f"{node.processes} processes on GPUs {node.gpus}"
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in node.gpus)
+        if plan.allocator == "tight":  # a CPU's needs no variable: launch.host tells malloc itself
+            environment[ENV_ALLOCATOR] = plan.allocator
     return environment
 
 

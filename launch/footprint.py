@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import torch
-from torch import nn
 from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
@@ -31,17 +31,20 @@ from launch.data import Batch
 from launch.document import read_document
 from launch.dropout import drop_cheaply
 from launch.engine import Engine
-from launch.engine_config import PERSISTENT_ELEMENTS
+from launch.engine_config import BUCKET_ELEMENTS, PERSISTENT_ELEMENTS
 from launch.errors import SpecError
 from launch.footprint_record import Curve, Footprint, Passes
 from launch.head import CHUNK_BYTES
+from launch.host import resident_bytes
 from launch.layers import by_layer
 from launch.ledger import Ledger
-from launch.host import resident_bytes
 from launch.model import build_model, weight_decay_groups
 from launch.objective import objective_of
 from launch.optimizers import make_optimizer, state_bytes
 
+DEEP = 12
+"""More layers than these are not all traced."""
+LAYERS = (4, 8)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,6 +61,8 @@ class Traced(NamedTuple):
 
     beside: int
     most: int
+    reducing: int
+    halving: int
     at_loss: int
     loss: LossMode
 
@@ -70,7 +75,7 @@ def footprint(spec: TrainSpec, device: Device = "cpu") -> Footprint:
     """
     import launch.train  # noqa: F401  # all that a rank imports
 
-    runtime = resident_bytes() if device == "cpu" else None
+    runtime, code = (resident_bytes(), resident_bytes("RssFile")) if device == "cpu" else (None, 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = traced_model(spec, checkpointing=False, device=device)
         length = longest(spec, model)
@@ -84,9 +89,10 @@ def footprint(spec: TrainSpec, device: Device = "cpu") -> Footprint:
             "small": sum(p.numel() for p in model.parameters() if p.numel() <= PERSISTENT_ELEMENTS),
             "largest": max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()),
         }
+        depth = depth_of(model)
         del model, trainable
         rows = rows_to_trace(spec, length, vocabulary)
-        passes = [passes_of(spec, mode, rows, length, device) for mode in modes(spec)]
+        passes = [passes_of(spec, mode, rows, length, device, depth) for mode in modes(spec)]
     return Footprint(
         source="traced",
         length=length,
@@ -94,6 +100,7 @@ def footprint(spec: TrainSpec, device: Device = "cpu") -> Footprint:
         step_bytes=step_bytes,
         vocabulary=vocabulary,
         runtime_bytes=runtime,
+        code_bytes=code,
         passes=tuple(passes),
         **known,
     )
@@ -102,22 +109,26 @@ def footprint(spec: TrainSpec, device: Device = "cpu") -> Footprint:
 def modes(spec: TrainSpec) -> Iterator[Mode]:
     """What the planner may choose, where the job file does not say it."""
     causal, wish = spec.model.task == "causal-lm", spec.train
-    losses: Iterable[LossMode] = ("whole",) if not causal else (wish.loss_mode,) if wish.loss_mode else ("chunked", "whole")
+    losses: Iterable[LossMode] = (
+        ("whole",) if not causal else (wish.loss_mode,) if wish.loss_mode else ("chunked", "whole")
+    )
     # Under autocast too, for ZeRO: where nothing is cast the two are the same.
     natives = {"single": (False,), "ddp": (False,), "auto": (False, True)}.get(spec.strategy, (True,))
     for native in natives if wish.precision != "fp32" else (False,):
-        for checkpointing in (False, True) if wish.activation_checkpointing is None else (wish.activation_checkpointing,):
+        for checkpointing in (
+            (False, True) if wish.activation_checkpointing is None else (wish.activation_checkpointing,)
+        ):
             for loss in losses:
                 yield Mode(native, checkpointing, loss)
 
 
 def rows_to_trace(spec: TrainSpec, length: int, vocabulary: int) -> tuple[int, ...]:
     """Few rows; where chunks of logits are full; and what the job file asks for."""
-    full = 8
+    rows = {1, 8}
     if spec.model.task == "causal-lm":
-        full = max(full, -(-CHUNK_BYTES // (4 * vocabulary * length)) + 1)
-    wished = {spec.train.micro_batch_size} if spec.train.micro_batch_size else set()
-    return tuple(sorted({1, 4, full, 2 * full} | wished))
+        full = -(-CHUNK_BYTES // (4 * vocabulary * length)) + 1
+        rows = {1, full, 2 * full}
+    return tuple(sorted(rows | ({spec.train.micro_batch_size} if spec.train.micro_batch_size else set())))
 
 
 def longest(spec: TrainSpec, model: PreTrainedModel) -> int:
@@ -126,10 +137,10 @@ def longest(spec: TrainSpec, model: PreTrainedModel) -> int:
     return min(spec.data.max_length, places or spec.data.max_length)
 
 
-def traced_model(spec: TrainSpec, *, checkpointing: bool, device: Device) -> PreTrainedModel:
+def traced_model(spec: TrainSpec, *, checkpointing: bool, device: Device, layers: int | None = None) -> PreTrainedModel:
     labels = ("0", "1") if spec.model.task == "sequence-classification" else ()
     with torch.device(device), mock.patch.object(nn.Module, "to", _to):
-        model = build_model(spec, labels, 0, checkpointing=checkpointing, traced=True)
+        model = build_model(spec, labels, 0, checkpointing=checkpointing, traced=True, layers=layers)
     if device == "cpu":
         drop_cheaply(model)
     return model
@@ -152,19 +163,63 @@ def convert(model: nn.Module, dtype: torch.dtype) -> None:
                 module._parameters[name] = changed.setdefault(id(weight), new)
 
 
-def passes_of(spec: TrainSpec, mode: Mode, rows: tuple[int, ...], length: int, device: Device) -> Passes:
-    model = traced_model(spec, checkpointing=mode.checkpointing, device=device)
+def depth_of(model: PreTrainedModel) -> int:
+    """Layers, if they are all alike; else 0."""
+    config = model.config.get_text_config()
+    alike = len(set(getattr(config, "layer_types", None) or ["one"])) == 1
+    return int(getattr(config, "num_hidden_layers", 0)) if alike else 0
+
+
+def passes_of(spec: TrainSpec, mode: Mode, rows: tuple[int, ...], length: int, device: Device, depth: int) -> Passes:
+    """Traced at all layers; of a deep model at fewer, of which two numbers make a line."""
+    if depth <= DEEP:
+        traced = traces(spec, mode, rows, length, device, None)
+    else:
+        few, more = (traces(spec, mode, rows, length, device, layers) for layers in LAYERS)
+        traced = [deeper(*pair, depth) for pair in zip(few, more, strict=True)]
+    curves = [Curve(rows=rows, bytes=tuple(float(one[i]) for one in traced)) for i in range(5)]
+    return Passes(
+        precision=spec.train.precision,
+        native=mode.native,
+        activation_checkpointing=mode.checkpointing,
+        loss=traced[0].loss,
+        beside_gradients=curves[0],
+        with_gradients=curves[1],
+        while_reducing=curves[2],
+        while_halving=curves[3],
+        at_loss=curves[4],
+    )
+
+
+def deeper(few: Traced, more: Traced, depth: int) -> Traced:
+    """What `depth` layers take, from what LAYERS took. What is alive when the backward pass begins grows evenly; what
+    comes on top of it then does not grow."""
+    layer = (more.at_loss - few.at_loss) / (LAYERS[1] - LAYERS[0])
+    grown = round(layer * (depth - LAYERS[1]))
+    gradients = round((more.most - few.most) / (LAYERS[1] - LAYERS[0]) * (depth - LAYERS[1]))
+    most = more.most + max(grown, gradients)
+    halving = more.halving + max(
+        grown, round((more.halving - few.halving) / (LAYERS[1] - LAYERS[0]) * (depth - LAYERS[1]))
+    )
+    return Traced(more.beside + grown, most, more.reducing + grown, halving, more.at_loss + grown, more.loss)
+
+
+def traces(
+    spec: TrainSpec, mode: Mode, rows: tuple[int, ...], length: int, device: Device, layers: int | None
+) -> list[Traced]:
+    """One forward and backward pass for each of `rows`."""
+    model = traced_model(spec, checkpointing=mode.checkpointing, device=device, layers=layers)
     if mode.native:
         convert(model, DTYPES[spec.train.precision])
     model.train()
     objective = objective_of(spec, model, None, mode.loss)
     engine = cast(Engine, TracedEngine(model, None if mode.native else DTYPES[spec.train.precision]))
-    ledger = Ledger()
+    ledger = Ledger(BUCKET_ELEMENTS)
     for tensor in (*model.parameters(), *model.buffers()):
         ledger.ignore(tensor)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda weight: ledger.note_gradient(weight.grad))
+            parameter.register_post_accumulate_grad_hook(lambda weight: ledger.note_gradient(cast(Any, weight.grad)))
     found = objective.probe(engine, torch.device(device))
     model.train()
     traced = []
@@ -175,19 +230,12 @@ def passes_of(spec: TrainSpec, mode: Mode, rows: tuple[int, ...], length: int, d
             loss = objective.summed(engine, batch_of(spec, count, length, device)) / 2.0
             at_loss = ledger.live
             loss.backward()
-        traced.append(Traced(ledger.most_beside - before, ledger.most - before, at_loss - before, found))
+        tops = (ledger.most_beside, ledger.most, ledger.most_reducing, ledger.most_halving, at_loss)
+        beside, most, reducing, halving, at_loss = (top - before for top in tops)
+        traced.append(Traced(beside, most, reducing, halving, at_loss, found))
         del loss
         model.zero_grad()
-    curves = [Curve(rows=rows, bytes=tuple(map(float, values))) for values in list(zip(*traced))[:3]]
-    return Passes(
-        precision=spec.train.precision,
-        native=mode.native,
-        activation_checkpointing=mode.checkpointing,
-        loss=found,
-        beside_gradients=curves[0],
-        with_gradients=curves[1],
-        at_loss=curves[2],
-    )
+    return traced
 
 
 class TracedEngine:
@@ -232,7 +280,9 @@ def numpy_free() -> Iterator[None]:
 def optimizer_bytes(spec: TrainSpec, model: PreTrainedModel) -> tuple[int, int]:
     """What the optimizer keeps of all trained weights, and what its step holds beside that for a moment."""
     optim = spec.train
-    optimizer = make_optimizer(by_layer(weight_decay_groups(model, optim.weight_decay), model, optim.layer_decay), optim)
+    optimizer = make_optimizer(
+        by_layer(weight_decay_groups(model, optim.weight_decay), model, optim.layer_decay), optim
+    )
     ledger = Ledger()
     for parameter in model.parameters():
         ledger.ignore(parameter)
@@ -247,13 +297,19 @@ def optimizer_bytes(spec: TrainSpec, model: PreTrainedModel) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="launch.footprint", description="Trace the memory of a job's model.")
-    parser.add_argument("--config", type=Path, required=True, help="the job file")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", type=Path, help="the job file")
+    source.add_argument("--spec", type=Path, help="a TrainSpec as JSON, its paths absolute")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a key of the job file")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it would train")
     parser.add_argument("-o", choices=("json",), default="json", help="the format of the last line")
     arguments = parser.parse_args()
     try:
-        print(footprint(load_train_spec(read_document(arguments.config, arguments.set)), arguments.device).model_dump_json())
+        if arguments.spec is not None:
+            spec = TrainSpec.model_validate_json(arguments.spec.read_bytes())
+        else:
+            spec = load_train_spec(read_document(arguments.config, arguments.set), planned=False)
+        print(footprint(spec, arguments.device).model_dump_json())
     except SpecError as problem:
         print(problem, file=sys.stderr)
         sys.exit(ExitCode.USER_ERROR)

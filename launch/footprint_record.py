@@ -53,6 +53,10 @@ class Passes(Record):
     with_gradients: Line | Curve
     """The same with the gradients that appear meanwhile, where there are none before (one process, its first
     micro-batch). At least the gradients."""
+    while_reducing: Line | Curve | None = None
+    """beside_gradients with a bucket (engine_config.BUCKET_ELEMENTS) that gradients are copied into as they appear."""
+    while_halving: Line | Curve | None = None
+    """The same with half of each gradient, which a rank of two keeps."""
     at_loss: Line | Curve
     """Of beside_gradients, what is alive when the backward pass begins: for the breakdown."""
 
@@ -79,6 +83,8 @@ class Footprint(Record):
     """Elements of the module that ZeRO-3 gathers the most for at once: one that has parameters of its own."""
     runtime_bytes: int | None = None
     """cpu: resident set of a process that has imported all that training does, in bytes; null if not measured."""
+    code_bytes: int = 0
+    """cpu: of runtime_bytes, pages of files, libraries above all: processes share them, and the kernel can drop them."""
     vocabulary: int = 0
     passes: tuple[Passes, ...] = Field(min_length=1)
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
+from launch.attempt import TORCH_ALLOCATOR, expands_segments
 from launch.contract import Allocator, Device
+from launch.errors import ContractError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # <malloc.h>
 
@@ -39,12 +41,15 @@ def take_share(device: Device, allocator: Allocator = "fast") -> Share:
 
     As many threads as OMP_NUM_THREADS says, which a process with torch loaded beforehand has not read; and on a CPU,
     where the ranks of this node divide all of its cores, each rank on cores of its own.
+
+    Raises:
+        ContractError: torch's allocator on a GPU was told something else than `allocator` when this process began.
     """
     told = os.environ.get("OMP_NUM_THREADS")
     if told:  # as torch itself would have taken it
         torch.set_num_threads(min(int(told), os.cpu_count() or 1))
     if device != "cpu":
-        return Share((), (), allocator)
+        return Share((), (), _torch_allocator(allocator))
     mine = cores_of_rank(
         sorted(os.sched_getaffinity(0)),
         torch.get_num_threads(),
@@ -60,6 +65,20 @@ def take_share(device: Device, allocator: Allocator = "fast") -> Share:
     before = _threads()
     torch.zeros(1 << 20).add_(1.0)  # large enough to be divided: torch's threads are there after it, and no others
     return Share(tuple(mine), (os.getpid(), *sorted(_threads() - before)), allocator)
+
+
+def _torch_allocator(planned: Allocator) -> Allocator:
+    """What torch's allocator really does, by what it has read. More than planned is the user's to ask for."""
+    settings = torch._C._accelerator_getAllocatorSettings()
+    if expands_segments(settings):
+        return "tight"
+    if planned == "tight":
+        raise ContractError(
+            f"torch's allocator has read {settings!r} and so has no expandable segments, which the plan counts on",
+            field="plan.allocator",
+            hint=f"take `expandable_segments` out of {' and '.join(TORCH_ALLOCATOR)}, in the job's env and on the node",
+        )
+    return "fast"
 
 
 def cores_of_rank(cores: list[int], threads: int, local_rank: int, local_world_size: int) -> list[int]:
@@ -87,7 +106,7 @@ def return_memory() -> None:
 
 
 def resident_bytes(which: str = "VmRSS") -> int:
-    """What this process holds of the host's memory now, or `VmHWM`: held at most so far."""
+    """What this process holds of the host's memory now; `VmHWM`, held at most so far; `RssFile`, of files."""
     with Path("/proc/self/status").open(encoding="ascii") as status:
         for line in status:
             if line.startswith(f"{which}:"):

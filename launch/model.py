@@ -64,17 +64,24 @@ def load_tokenizer(spec: ModelSpec, chat_template: str | None = None) -> PreTrai
 
 
 def build_model(
-    spec: TrainSpec, labels: tuple[str, ...], pad_token_id: int, *, checkpointing: bool, traced: bool = False
+    spec: TrainSpec,
+    labels: tuple[str, ...],
+    pad_token_id: int,
+    *,
+    checkpointing: bool,
+    traced: bool = False,
+    layers: int | None = None,
 ) -> PreTrainedModel:
     """The model in fp32 on the CPU, or sharded as it loads where ZeRO-3 has been configured before.
 
-    `traced`: under FakeTensorMode. Weights are not read, so config.json is all that there needs to be.
+    `traced`: under FakeTensorMode. Weights are not read, so config.json is all that there needs to be; and it may have
+    fewer `layers`.
 
     Raises:
         SpecError: it cannot be loaded, or the adapter or what is to be frozen does not fit it.
     """
     if traced:
-        model, missing = shape_model(spec.model, labels, pad_token_id)
+        model, missing = shape_model(spec.model, labels, pad_token_id, layers)
     else:
         model, missing = load_model(spec.model, labels, pad_token_id)
         initialise(model, missing, spec.train.seed)
@@ -110,10 +117,16 @@ def load_model(spec: ModelSpec, labels: tuple[str, ...], pad_token_id: int) -> t
     return model, sorted(missing)
 
 
-def shape_model(spec: ModelSpec, labels: tuple[str, ...], pad_token_id: int) -> tuple[PreTrainedModel, list[str]]:
+def shape_model(
+    spec: ModelSpec, labels: tuple[str, ...], pad_token_id: int, layers: int | None = None
+) -> tuple[PreTrainedModel, list[str]]:
     """What load_model gives, from the configuration alone; a classification head is taken to be new."""
     with _as_spec_error(spec, "model"):
         config = configured(spec, labels, pad_token_id)
+        if layers is not None:
+            config.get_text_config().num_hidden_layers = layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:layers]
         model = AUTO_CLASSES[spec.task].from_config(
             config, dtype=torch.float32, attn_implementation=spec.attn_implementation
         )
@@ -131,7 +144,7 @@ def configured(spec: ModelSpec, labels: tuple[str, ...], pad_token_id: int) -> P
             "id2label": dict(enumerate(labels)),
             "label2id": {label: number for number, label in enumerate(labels)},
         }
-    config = AutoConfig.from_pretrained(spec.name_or_path, revision=spec.revision, **overrides)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(spec.name_or_path, revision=spec.revision, **overrides)
     if config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = pad_token_id
     if spec.dropout is not None:

@@ -57,7 +57,7 @@ class Classification:
         logits = engine(**batch.inputs()).logits
         return RowLosses(class_losses(logits, batch.targets), logits.argmax(dim=-1))
 
-    def probe(self, engine: Engine, device: torch.device) -> LossMode:
+    def probe(self, engine: Engine, device: torch.device) -> LossMode:  # noqa: ARG002
         return "whole"
 
 

@@ -12,9 +12,16 @@ from launch.section import Names, Section
 Precision = Literal["fp32", "bf16", "fp16"]
 LossMode = Literal["whole", "chunked"]
 Metric = Literal["loss", "accuracy", "f1_macro", "mcc", "perplexity"]
-Optimizer = Literal["adamw", "adafactor", "lion"]
+Optimizer = Literal["adamw", "adafactor", "lion", "adamw-8bit", "lion-8bit"]
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 
+WHOLE_WEIGHTS: dict[str, str] = {
+    "adafactor": "keeps a number a row and column",
+    "adamw-8bit": "rounds its state in blocks of a weight's elements",
+    "lion-8bit": "rounds its state in blocks of a weight's elements",
+}
+"""Optimizers for which a weight is more than its elements, and why: on ZeRO's flat pieces of weights, cut by the number
+of ranks, each would run and be another optimizer."""
 DECAY_SHARE = 0.1  # of the steps, for `wsd` where the file does not say
 
 
@@ -42,8 +49,9 @@ class OptimSpec(Section):
     eval_batch_size: int | None = Field(None, ge=1)
     """Rows per forward pass at evaluation; null takes twice the micro-batch."""
     optimizer: Optimizer = "adamw"
-    """adafactor keeps one number a row and column of a matrix instead of two a weight (single and ddp alone);
-    lion keeps one a weight and wants about a tenth of AdamW's learning rate."""
+    """adafactor keeps one number a row and column of a matrix instead of two a weight; lion keeps one a weight and wants
+    about a tenth of AdamW's learning rate; adamw-8bit and lion-8bit are bitsandbytes', which keep what they keep in a
+    byte a number. adafactor and the 8-bit ones run on single and ddp alone."""
     learning_rate: float = Field(5e-5, gt=0)
     """The peak, after the warm-up."""
     schedule: Schedule = "linear"

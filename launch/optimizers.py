@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers.optimization import Adafactor
 
 from launch.config import OptimSpec
+from launch.errors import SpecError
 
 
-def make_optimizer(groups: list[dict[str, Any]], optim: OptimSpec) -> torch.optim.Optimizer:
-    """The optimizer of `optim` over parameter groups that bring their weight decay."""
+def make_optimizer(
+    groups: list[dict[str, Any]], optim: OptimSpec, embeddings: Sequence[torch.Tensor] = ()
+) -> torch.optim.Optimizer:
+    """The optimizer of `optim` over parameter groups that bring their weight decay. `embeddings` are those weights of
+    which an 8-bit optimizer keeps the state in full.
+
+    Raises:
+        SpecError: it is in a package that is not installed here.
+    """
+    if optim.optimizer.endswith("-8bit"):
+        return _in_8_bits(groups, optim, embeddings)
     if optim.optimizer == "adafactor":
         # The job's own schedule instead of Adafactor's: transformers' advice for an external learning rate.
         return Adafactor(groups, lr=optim.learning_rate, scale_parameter=False, relative_step=False)
@@ -25,6 +36,32 @@ def make_optimizer(groups: list[dict[str, Any]], optim: OptimSpec) -> torch.opti
         eps=optim.adam_epsilon,
         fused=True,  # one pass over memory; unfused, the optimizer took half of a small model's step on a CPU
     )
+
+
+def _in_8_bits(
+    groups: list[dict[str, Any]], optim: OptimSpec, embeddings: Sequence[torch.Tensor]
+) -> torch.optim.Optimizer:
+    """bitsandbytes' optimizers (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization).
+
+    Of embeddings they keep the state in full, as transformers' Trainer has them do and bitsandbytes advises; of weights
+    with fewer than 4096 elements they do so by themselves.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise SpecError(
+            f"{optim.optimizer} is bitsandbytes', which is not installed here",
+            code="optimizer-not-installed",
+            field="train.optimizer",
+            hint="pip install 'tuneyard[gpu]' on every node, or take the optimizer adamw or lion",
+        )
+    from bitsandbytes.optim import AdamW8bit, GlobalOptimManager, Lion8bit
+
+    manager = GlobalOptimManager.get_instance()
+    for weight in embeddings:
+        manager.override_config(weight, "optim_bits", 32)
+    if optim.optimizer == "lion-8bit":
+        return Lion8bit(groups, lr=optim.learning_rate, betas=(optim.lion_beta1, optim.lion_beta2))
+    betas = (optim.adam_beta1, optim.adam_beta2)
+    return AdamW8bit(groups, lr=optim.learning_rate, betas=betas, eps=optim.adam_epsilon)
 
 
 class Lion(torch.optim.Optimizer):
@@ -59,13 +96,15 @@ class Lion(torch.optim.Optimizer):
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of what `optimizer` remembers of the weights: AdamW's two moments, Lion's one, Adafactor's factors.
+    """Bytes of what `optimizer` remembers of the weights: AdamW's two moments, Lion's one, Adafactor's factors, 8-bit
+    moments with their scales.
 
-    A count of steps and the like, a single number, is left out.
+    A count of steps and the like, a single number, is left out; what several weights share counts once.
     """
-    return sum(
-        value.numel() * value.element_size()
+    kept = {
+        id(value): value
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor) and value.dim() > 0
-    )
+    }
+    return sum(value.numel() * value.element_size() for value in kept.values())

@@ -16,7 +16,7 @@ from launch.data import Batch, Corpus, Rows, load_corpus, sampler_for
 from launch.determinism import fix_numerics, seed_all
 from launch.dropout import drop_cheaply
 from launch.engine import Engine, build_engine, make_accelerator, peak_bytes
-from launch.errors import ContractError, DataError, SpecError
+from launch.errors import ContractError, SpecError
 from launch.export import Outcome, export
 from launch.feed import Feed
 from launch.host import resident_bytes, take_share
@@ -33,7 +33,7 @@ from launch.schedule import rate_at
 from launch.stop import StopWish
 from launch.tally import Heard, Step, Tally, Wishes, either
 from launch.tracking import start_trackers
-from launch.witness import begin_record, check_data
+from launch.witness import agreed_fingerprint, begin_record, check_data
 
 MAX_SKIPPED = 10
 """Steps in a row whose loss may be not finite, with `on_nonfinite: skip`."""
@@ -394,24 +394,3 @@ class Loop:
             train=summary if self.rank == 0 else None,
             output_dir=output_dir if self.rank == 0 else None,
         )
-
-
-def agreed_fingerprint(engine: Engine, rows: Rows) -> str:
-    """The training data's fingerprint, once all ranks have been seen to have the same.
-
-    Raises:
-        DataError: a rank read something else, for example another copy of a file on its node.
-    """
-    fingerprint = rows.fingerprint()
-    if engine.accelerator.num_processes > 1:
-        everyones: list[str | None] = [None] * engine.accelerator.num_processes
-        torch.distributed.all_gather_object(everyones, fingerprint)
-        if len(set(everyones)) > 1:
-            other = next(rank for rank, value in enumerate(everyones) if value != everyones[0])
-            raise DataError(
-                f"rank {other} reads other training data than rank 0",
-                code="data-differs",
-                field="data.train",
-                hint="put the data where all nodes see the same files",
-            )
-    return fingerprint

@@ -10,7 +10,7 @@ import torch
 
 from launch.config import ModelSpec
 from launch.contract import RunContract
-from launch.data import Corpus
+from launch.data import Corpus, Rows
 from launch.engine import Engine
 from launch.errors import DataError
 from launch.provenance import BaseWeights, NodeUse, RunRecord, base_files, surroundings
@@ -113,3 +113,24 @@ def gathered(engine: Engine, mine: tuple[int, str | None]) -> list[tuple[int, st
     everyones: list[tuple[int, str | None]] = [mine] * engine.accelerator.num_processes
     torch.distributed.all_gather_object(everyones, mine)
     return everyones
+
+
+def agreed_fingerprint(engine: Engine, rows: Rows) -> str:
+    """The training data's fingerprint, once all ranks have been seen to have the same.
+
+    Raises:
+        DataError: a rank read something else, for example another copy of a file on its node.
+    """
+    fingerprint = rows.fingerprint()
+    if engine.accelerator.num_processes > 1:
+        everyones: list[str | None] = [None] * engine.accelerator.num_processes
+        torch.distributed.all_gather_object(everyones, fingerprint)
+        if len(set(everyones)) > 1:
+            other = next(rank for rank, value in enumerate(everyones) if value != everyones[0])
+            raise DataError(
+                f"rank {other} reads other training data than rank 0",
+                code="data-differs",
+                field="data.train",
+                hint="put the data where all nodes see the same files",
+            )
+    return fingerprint

@@ -23,9 +23,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launch.attempt import write_atomically
 from orchestrator.client import Client
-from orchestrator.cluster.model import CORES_LABEL, NAME_LABEL
+from orchestrator.cluster.model import CORES_LABEL, MEMORY_LABEL, NAME_LABEL
 from orchestrator.errors import ConflictError, YardError
 from orchestrator.execute.local import cpu_slots, free_port
+from orchestrator.execute.memory import host_memory
 from orchestrator.execute.processes import end_all, is_alive
 from orchestrator.job.lifecycle import JobState
 from orchestrator.serve.secret import RAY_TOKEN, ensure_secret, ensure_token
@@ -188,7 +189,7 @@ def _start_ray(settings: Settings, record: YardRecord, nodes: int) -> YardRecord
     # Unix sockets have short names: Ray's directory cannot lie deep.
     folder = Path(tempfile.mkdtemp(prefix="tuneyard-"))
     cores = os.cpu_count() or 1
-    slots = cpu_slots(cores, settings.cpu_slots)
+    slots, memory = cpu_slots(cores, settings.cpu_slots), host_memory() // nodes
     common = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
         f"--num-cpus={slots}", f"--object-store-memory={OBJECT_STORE_BYTES}",
@@ -200,21 +201,21 @@ def _start_ray(settings: Settings, record: YardRecord, nodes: int) -> YardRecord
     ]  # fmt: skip
     address = f"{settings.host}:{port}"
     record = record.model_copy(update={"ray_address": address, "ray_dir": str(folder)})
-    processes = [_spawn(settings, record, "ray-0", [*head, _labels(0, cores)])]
+    processes = [_spawn(settings, record, "ray-0", [*head, _labels(0, cores, memory)])]
     _save(settings, record.model_copy(update={"ray": tuple(processes)}))
     marker = folder / "0" / "ray_current_cluster"
     _await(settings, processes[0], "Ray's head", lambda: marker.exists())
     for index in range(1, nodes):
         # Directories of their own: raylets of one host that start at once in one take each other's socket names.
-        argv = [*common, f"--address={address}", f"--temp-dir={folder}/{index}", _labels(index, cores)]
+        argv = [*common, f"--address={address}", f"--temp-dir={folder}/{index}", _labels(index, cores, memory)]
         processes.append(_spawn(settings, record, f"ray-{index}", argv))
     record = record.model_copy(update={"ray": tuple(processes)})
     _save(settings, record)
     return record
 
 
-def _labels(index: int, cores: int) -> str:
-    return f"--labels={NAME_LABEL}=node-{index},{CORES_LABEL}={cores}"
+def _labels(index: int, cores: int, memory: int) -> str:
+    return f"--labels={NAME_LABEL}=node-{index},{CORES_LABEL}={cores},{MEMORY_LABEL}={memory}"
 
 
 def _start_controller(settings: Settings, record: YardRecord) -> Process:

@@ -24,7 +24,8 @@ from launch.objective import objective_of
 from launch.progress import Progress
 from launch.saving import Saving
 from launch.stop import StopWish
-from launch.train import Loop, agreed_fingerprint
+from launch.train import Loop
+from launch.witness import agreed_fingerprint
 
 ENV_TASK = "RESHARD"
 """JSON: `save` (a name), `load` (names), `any_step` (a number of steps) or `stock` (a name); and `root`, where

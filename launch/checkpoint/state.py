@@ -21,6 +21,9 @@ BUFFER = "buffer"
 BEST = "best"
 STEPS = "optimizer_steps"
 LOSS_SCALE = "loss_scale"
+NOT_OF_WEIGHTS = frozenset({"step", "qmap1", "qmap2"})
+"""Of an optimizer's state: the count of its steps, and the numbers that bytes of an 8-bit state stand for, always the
+same."""
 
 
 class Part(NamedTuple):
@@ -86,7 +89,7 @@ class PlainState:
         for name, parameter in trained(self._module):
             live[f"{WEIGHT}/{name}"] = parameter.detach()
             for key, value in self._optimizer.state[parameter].items():
-                if isinstance(value, torch.Tensor) and key != "step":
+                if isinstance(value, torch.Tensor) and key not in NOT_OF_WEIGHTS:
                     live[f"{key}/{name}"] = value
         return live | buffers(self._module)
 

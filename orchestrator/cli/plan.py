@@ -181,7 +181,8 @@ def trace(file: Path, overrides: Sequence[str], device: str) -> Footprint | str:
     except subprocess.TimeoutExpired:
         return f"not traced: it took longer than {TRACE_SECONDS} s"
     except (IndexError, ValidationError):
-        return f"not traced: {(done.stderr.strip().splitlines() or ['it ended without a word'])[-1]}"
+        lines = done.stderr.strip().splitlines() or ["it ended without a word"]
+        return f"not traced: {next((line for line in lines if line.startswith('error[')), lines[-1])}"
 
 
 # What is shown.

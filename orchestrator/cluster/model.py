@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from launch.contract import NodeShare
+from launch.contract import Device, ExecutionPlan, NodeShare
 
 # Labels that Tuneyard itself puts on nodes or reads from them.
 NAME_LABEL = "tuneyard.io/name"
 CORES_LABEL = "tuneyard.io/cores"  # a node's CPU slots need not be its cores
+MEMORY_LABEL = "tuneyard.io/memory-bytes"  # what ranks may have of it
 
 
 HOST_SHARE = 0.9
@@ -37,7 +39,7 @@ class Node(BaseModel):
     cores: int
     cpu_slots: int
     memory_bytes: int | None = None
-    """Of the host; null where nobody has said."""
+    """What ranks may have of the host's; null where nobody has said."""
     gpus: tuple[Gpu, ...] = ()
     labels: Mapping[str, str] = {}
 
@@ -78,6 +80,18 @@ class Need:
 
 
 UNKNOWN_NEED = Need()
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to run a gang: what each rank needs of its place, and the plan that goes with it."""
+
+    processes: int
+    device: Device
+    need: Need
+    plan: ExecutionPlan
+    predicted: Mapping[str, Any] | None = None
+    """What the plan's memory was predicted to be: memory.options.Forecast as JSON."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +146,7 @@ class Snapshot:
         else:
             places = max(0, node.cpu_slots - self.used_slots.get(node.id, 0))
         if need.host_bytes and node.memory_bytes is not None:
-            left = int(node.memory_bytes * HOST_SHARE) - self.used_bytes.get(node.id, 0)
+            left = node.memory_bytes - self.used_bytes.get(node.id, 0)
             places = min(places, max(0, left // need.host_bytes))
         return places
 

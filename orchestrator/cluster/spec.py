@@ -15,7 +15,7 @@ from launch.contract import Device
 from launch.document import Document
 from launch.section import Section
 from orchestrator.cluster.gpus import PCIE_GB_S, SLOWEST, GpuType, gpu_type
-from orchestrator.cluster.model import Node
+from orchestrator.cluster.model import HOST_SHARE, Node
 from orchestrator.errors import SpecError
 
 GB = 10**9
@@ -67,6 +67,7 @@ class NodeKind:
     slots: int
     """Processes that one of them takes: one a GPU, or the CPU slots."""
     memory_bytes: int
+    """Of the host, what ranks may have."""
     gpu: GpuType | None = None
     gpu_memory_bytes: int = 0
     link: Link = "pcie"
@@ -130,7 +131,7 @@ def _kind(node: NodeSpec, known: GpuType | None) -> NodeKind:
         count=node.count,
         cores=node.cores,
         slots=node.slots or node.cores,
-        memory_bytes=int(node.memory_gb * GB),
+        memory_bytes=int(node.memory_gb * GB * HOST_SHARE),
         network_bytes_s=node.network_gbit * GIGABIT,
     )
     if node.gpus is None:

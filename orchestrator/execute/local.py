@@ -23,6 +23,7 @@ from orchestrator.cluster.model import Node, Placement
 from orchestrator.cluster.status import AttemptStatus, NodeReport, StandbyReport
 from orchestrator.errors import ExecutorError
 from orchestrator.execute.gpus import local_gpus
+from orchestrator.execute.memory import host_memory
 from orchestrator.execute.processes import children_of, held_bytes, is_alive, of_run
 from orchestrator.execute.protocol import read_bytes, read_report
 from orchestrator.execute.request import build_request
@@ -71,6 +72,7 @@ class LocalExecutor:
                 address="127.0.0.1",
                 cores=cores,
                 cpu_slots=cpu_slots(cores, self._slots),
+                memory_bytes=host_memory(),
                 gpus=local_gpus(),
             )
         ]

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from launch.attempt import ENV_HEARTBEAT, ENV_RUN_ID, AttemptFiles, ExitCode, write_atomically
+from launch.attempt import ENV_HEARTBEAT, ENV_RUN_ID, AttemptFiles, ExitCode, told_to_torch, write_atomically
 from orchestrator.execute.oom import Witness
 from orchestrator.execute.processes import inherited, is_alive, kill, of_run
 from orchestrator.execute.standby import Ordered, Standbys
@@ -168,7 +168,7 @@ class Member:
         env.update(self.request.env)
         env[ENV_RUN_ID] = self.request.run_id
         env[ENV_HEARTBEAT] = str(self.files.heartbeat(self.request.node_index))
-        return env
+        return told_to_torch(env)
 
     def _see_ranks(self) -> None:
         """Notice ranks that are gone without having said how: nobody can write that but us."""

@@ -12,7 +12,8 @@ from ray.util import get_placement_group, placement_group, remove_placement_grou
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launch.contract import RunContract, StopRequest
-from orchestrator.cluster.model import CORES_LABEL, NAME_LABEL, Gpu, Node, Placement
+from orchestrator.cluster.gpus import gpu_type
+from orchestrator.cluster.model import CORES_LABEL, MEMORY_LABEL, NAME_LABEL, Gpu, Node, Placement
 from orchestrator.cluster.status import AttemptStatus, NodeReport, StandbyReport
 from orchestrator.errors import ExecutorError
 from orchestrator.execute.local import log_path
@@ -186,11 +187,18 @@ def _unreachable(contract: RunContract, index: int, offset: int) -> NodeReport:
     return report.model_copy(update={"ended": report.ended or told})
 
 
+def _memory(resources: dict[str, Any], labels: dict[str, str]) -> int | None:
+    """What the yard has written down, else what Ray was told or has found to be left for tasks."""
+    known = labels.get(MEMORY_LABEL) or resources.get("memory")
+    return int(known) if known is not None else None
+
+
 def _node(entry: dict[str, Any]) -> Node:
     resources, labels = entry["Resources"], dict(entry.get("Labels") or {})
-    gpu_type = labels.get(GPU_TYPE_LABEL) or next(
+    kind = labels.get(GPU_TYPE_LABEL) or next(
         (name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")), "GPU"
     )
+    known = gpu_type(kind)
     cpus = int(resources.get("CPU", 0))
     return Node(
         id=entry["NodeID"],
@@ -198,6 +206,10 @@ def _node(entry: dict[str, Any]) -> Node:
         address=entry["NodeManagerAddress"],
         cores=int(labels.get(CORES_LABEL, max(1, cpus))),
         cpu_slots=cpus,
-        gpus=tuple(Gpu(index=index, type=gpu_type) for index in range(int(resources.get("GPU", 0)))),
+        memory_bytes=_memory(resources, labels),
+        gpus=tuple(
+            Gpu(index=index, type=kind, memory_bytes=known.memory_bytes if known is not None else None)
+            for index in range(int(resources.get("GPU", 0)))
+        ),
         labels=labels,
     )

@@ -117,7 +117,7 @@ def footprint(shape: ModelShape, spec: TrainSpec, device: Device, reason: str | 
         step_bytes={"adamw": 0, "lion": FP32 * largest}.get(spec.train.optimizer, 3 * FP32 * largest),
         small=sum(weight.elements for weight in parts.weights if weight.elements <= PERSISTENT_ELEMENTS),
         largest=max(modules.values()),
-        vocabulary=shape.traits.vocabulary if shape.task == "causal-lm" else 0,
+        vocabulary=shape.traits.vocabulary,
         passes=tuple(passes),
     )
 
@@ -317,7 +317,9 @@ def _loss(parts: Parts, count: int) -> _Loss:
     chunk = float(min(count, max(1, CHUNK_BYTES // (FP32 * parts.width))) * parts.width)
     both = e * (count * of.hidden + weight)
     selected = count * of.hidden * (numbers.hidden + (e if numbers.autocast else 0))
-    making = max((FP32 + narrow) * chunk + narrow * weight, narrow * weight)
+    making = (FP32 + narrow) * chunk + narrow * weight
+    if count * parts.width > chunk:  # names of the chunk before hold on to it while the next is made
+        making = max(making, 2 * (FP32 + narrow) * chunk)
     return _Loss(
         forward=selected + cast + e * count * of.hidden + FP32 * weight + making,
         kept=both,

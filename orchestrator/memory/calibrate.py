@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from pydantic import BaseModel, ConfigDict
 
 MISS = 0.1
-LEAST = -5.0
-"""A score below says nothing more: rows were far shorter than they may be."""
+LEAST = -1.0
+"""A score below counts as this: rows were shorter than they may be, which the next job's need not be."""
 
 
 class Score(BaseModel):

@@ -18,7 +18,7 @@ from functools import cached_property
 from pydantic import BaseModel, ConfigDict
 
 from launch.contract import ExecutionPlan
-from launch.engine_config import BUCKET_ELEMENTS
+from launch.engine_config import BUCKET_ELEMENTS, LIVE_ELEMENTS
 from launch.footprint_record import Footprint, Passes
 
 FP32 = 4
@@ -26,6 +26,8 @@ MIB = 1 << 20
 
 IMPORTED = 458 * MIB
 """cpu: a process with all that training imports, where it was not measured."""
+IMPORTED_CODE = 138 * MIB
+"""Of that, pages of libraries."""
 SETTLED = {"single": 142 * MIB, "ddp": 142 * MIB, "zero": 190 * MIB}
 """cpu: what a process takes beside tensors from then to its first steps: code that is paged in, the tokenizer, buffers
 that libraries keep. Measured with the pinned versions; DeepSpeed's share is its communication."""
@@ -76,7 +78,7 @@ def predict(
 ) -> Predicted:
     """The most that a rank of `plan` will hold: device and host, each at its own worst moment.
 
-    `save_buffer`: checkpoints are copied into host memory before they are written. `keep_best`: so are the best weights.
+    `save_buffer`: checkpoints are copied into host memory before they are written; `keep_best`: the best weights, too.
 
     Raises:
         KeyError: the footprint has no passes for the plan's precision and checkpointing.
@@ -188,7 +190,8 @@ class _Rank:
         at_loss, beside = self.passes.at_loss.at(rows), self.passes.beside_gradients.at(rows)
         passes = state | {"activations": min(at_loss, beside), "loss": max(0.0, beside - at_loss)}
         if self.stage == 3:
-            passes["gathered"] = self.width * self.footprint.largest
+            live = min(LIVE_ELEMENTS[self.plan.device], self.footprint.parameters)
+            passes["gathered"] = self.width * max(live, self.footprint.largest)
         if self.plan.engine == "single":
             more = self.plan.gradient_accumulation_steps > 1
             meanwhile = self.passes.with_gradients.at(rows) - beside
@@ -196,10 +199,23 @@ class _Rank:
         elif self.stage in (1, 2) and self.plan.gradient_accumulation_steps > 1:
             passes["gradients"] = self.gradients / (1 if self.stage == 1 else self.shares)
         found = {"passes": passes, "step": dict(self._step(state)), "export": dict(self._export(state))}
-        if self.stage in (1, 2):
-            kept = self.gradients / self.shares
-            found["reduce"] = state | {"gradients": kept, "buckets": self.bucket}
+        if self.stage:
+            found["reduce"] = state | self._reducing(rows, beside)
         return found
+
+    def _reducing(self, rows: int, beside: float) -> Items:
+        """The backward pass, while gradients go through the bucket and a share of each is kept."""
+        none, two = self.passes.while_reducing, self.passes.while_halving
+        if self.stage == 3:
+            # The bucket is there all the time, and so are the gradients; ranks exchange a copy of what is in it.
+            comes = none.at(rows) - self.bucket if none is not None else beside - self.bucket
+            gathered = self.width * self.footprint.largest
+            return {"activations": max(0.0, comes), "communication": self.bucket, "gathered": gathered}
+        if none is None or two is None:
+            kept = self.gradients / self.shares
+            return {"activations": max(0.0, beside - self.bucket), "buckets": self.bucket, "gradients": kept}
+        kept = (two.at(rows) - none.at(rows)) * 2 / self.shares
+        return {"activations": max(0.0, none.at(rows) - self.bucket), "buckets": self.bucket, "gradients": kept}
 
     def _step(self, state: Items) -> Iterator[tuple[str, float]]:
         yield from state.items()
@@ -226,7 +242,9 @@ class _Rank:
     def host_steady(self) -> Iterator[tuple[str, float]]:
         if self.plan.device == "cpu":
             kind = "zero" if self.stage else self.plan.engine
-            yield "process", self.footprint.runtime_bytes or IMPORTED
+            code = self.footprint.code_bytes or IMPORTED_CODE
+            yield "process", (self.footprint.runtime_bytes or IMPORTED) - code
+            yield "code", code
             yield "settled", SETTLED[kind]
             return
         yield "process", CUDA_PROCESS

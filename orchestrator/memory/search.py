@@ -18,13 +18,13 @@ from orchestrator.cluster.spec import NodeKind
 from orchestrator.job.spec import TrainingJob
 from orchestrator.memory.estimate import Predicted, Side, predict
 from orchestrator.memory.plan import MAX_MICRO_BATCH
-from orchestrator.memory.speed import StepTime, step_time, work_of
+from orchestrator.memory.speed import StepTime, Work, step_time, work_of
 
-HOST_SHARE = 0.9
-"""Of a host's memory, what ranks may have: the rest is the system's."""
 CPU_FAST = 1.35
 """What malloc holds at most, where it keeps what is freed, of what comes and goes and has been in use at once. (Of a
 GPU's allocator the estimate itself tells.)"""
+CODE_DROPPED = 0.5
+"""Of a process's code, what the kernel can do without where memory is short; other processes share the rest of it."""
 ZERO_MUST_SAVE = 1.25
 """ZeRO is taken where plain training fits only if it is this much faster: there is more that can go wrong, and with
 bf16 it rounds the weights themselves."""
@@ -45,15 +45,27 @@ class Margin:
     """On what comes and goes: activations, logits, buffers."""
 
     def scaled(self, factor: float) -> Margin:
-        """What has been learned is told as a factor of both."""
-        return Margin(self.static * factor, self.dynamic * factor)
+        """What has been learned is told as a factor of both. What stays is not taken to be less than predicted."""
+        return Margin(self.static * max(0.0, factor), self.dynamic * factor)
 
 
 COLD = Margin()
 """Before anything has been measured."""
+NONE = Margin(0.0, 0.0)
 
 STAYS = frozenset(
-    {"weights", "optimizer", "gradients", "buckets", "context", "process", "checkpoint_buffer", "best_weights"}
+    {
+        "weights",
+        "optimizer",
+        "gradients",
+        "buckets",
+        "context",
+        "process",
+        "code",
+        "settled",
+        "checkpoint_buffer",
+        "best_weights",
+    }
 )
 """Lines of a breakdown that are known exactly; everything else comes and goes."""
 
@@ -87,6 +99,21 @@ class Candidate:
         """Of all that is needed, what is margin: on a CPU for the one memory, else for the GPU's."""
         device, host = self.predicted.device.peak_bytes, self.predicted.host.peak_bytes
         return self.needed.device - device - (host if self.plan.device == "cpu" else 0)
+
+    @property
+    def bare(self) -> int:
+        """What a process is expected to hold, without any margin: on a CPU of everything, else of its GPU, without what
+        torch does not count."""
+        if self.plan.device == "cpu":
+            return needed(self.predicted, self.plan, NONE, whole_code=True).host
+        device = self.predicted.device
+        return device.peak_bytes - sum(device.breakdown.get(item, 0) for item in ("context", "allocator"))
+
+    @property
+    def cold_margin(self) -> int:
+        """The margin before anything was learned."""
+        with_it, without = (needed(self.predicted, self.plan, margin) for margin in (COLD, NONE))
+        return with_it.device - without.device
 
     @property
     def rank(self) -> tuple[float, ...]:
@@ -134,13 +161,7 @@ def search(
     """The best plan of `job` on `kinds`; None where no kind of node takes so many processes of such a job."""
     predict = predict or predict_of(job)
     work = work_of(shape, job, footprint)
-    found = []
-    for kind, world in placements(job, kinds):
-        for frame in frames(job, world, kind):
-            plan, told_of = _largest(job, footprint, frame, kind, margin, predict)
-            seconds = step_time(work, job, footprint, plan, kind)
-            room = room_of(kind, world)
-            found.append(Candidate(plan, kind, told_of, needed(told_of, plan, margin), room, seconds))
+    found = list(candidates(job, work, footprint, kinds, lambda _frame: margin, predict))
     if not found:
         return None
     fitting = sorted((one for one in found if one.fits), key=lambda one: one.rank)
@@ -148,6 +169,25 @@ def search(
     best = (fitting or missing)[0]
     others = _next_best(best, [*fitting, *missing])
     return Choice(best, others, margin, _reason(job, best, fitting, missing))
+
+
+def candidates(
+    job: TrainingJob,
+    work: Work,
+    footprint: Footprint,
+    kinds: Sequence[NodeKind],
+    margin_of: Callable[[ExecutionPlan], Margin],
+    predict: Predict,
+) -> Iterator[Candidate]:
+    """Every plan that is open, each with the largest micro-batch that fits, on every kind and number of ranks."""
+    for kind, world in placements(job, kinds):
+        for frame in frames(job, world, kind):
+            if footprint.of(frame) is None:  # a trace leaves out what the job file rules out
+                continue
+            margin = margin_of(frame)
+            plan, told_of = _largest(job, footprint, frame, kind, margin, predict)
+            seconds = step_time(work, job, footprint, plan, kind)
+            yield Candidate(plan, kind, told_of, needed(told_of, plan, margin), room_of(kind, world), seconds)
 
 
 def predict_of(job: TrainingJob) -> Predict:
@@ -162,7 +202,7 @@ def predict_of(job: TrainingJob) -> Predict:
 def placements(job: TrainingJob, kinds: Iterable[NodeKind]) -> Iterator[tuple[NodeKind, int]]:
     """Kinds of nodes and numbers of ranks that the job may have: its bounds, and the powers of two between them."""
     low, high = job.resources.bounds
-    sizes = {low, high, *(1 << power for power in range(17))}
+    sizes = {low, high, *range(low, min(high, low + 8)), *(1 << power for power in range(17))}
     for kind in kinds:
         if kind.takes(job.resources.accelerator) and not (kind.gpu is None and job.train.precision == "fp16"):
             most = min(high, kind.most)
@@ -222,20 +262,23 @@ def engines(job: TrainingJob, world: int, kind: NodeKind) -> Iterator[tuple[Engi
 
 def room_of(kind: NodeKind, world: int) -> Room:
     """What a rank may use where as many ranks as possible share a node."""
-    host = int(kind.memory_bytes * HOST_SHARE / kind.local(world))
+    host = kind.memory_bytes // kind.local(world)
     return Room(kind.gpu_memory_bytes, host) if kind.gpu is not None else Room(host, host)
 
 
-def needed(predicted: Predicted, plan: ExecutionPlan, margin: Margin) -> Room:
-    """What `predicted` comes to with the margin, and with what the allocator holds."""
+def needed(predicted: Predicted, plan: ExecutionPlan, margin: Margin, *, whole_code: bool = False) -> Room:
+    """What `predicted` comes to with the margin, and with what the allocator holds; `whole_code`: nothing dropped."""
     held = CPU_FAST if plan.device == "cpu" and plan.allocator == "fast" else 1.0
     host, device = _with_margin(predicted.host, margin, 1.0), _with_margin(predicted.device, margin, held)
+    if not whole_code:
+        host -= int(CODE_DROPPED * predicted.host.breakdown.get("code", 0))
     return Room(device, host) if plan.device == "cuda" else Room(device + host, device + host)
 
 
 def _with_margin(side: Side, margin: Margin, held: float) -> int:
     stays = sum(count for name, count in side.breakdown.items() if name in STAYS)
-    return int(stays * (1 + margin.static) + max(0, side.peak_bytes - stays) * held * (1 + margin.dynamic))
+    comes = max(0, side.peak_bytes - stays) * held
+    return int(stays * (1 + margin.static) + comes * (1 + margin.dynamic))
 
 
 def _largest(

@@ -8,21 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.contract import Device, ExecutionPlan
-from orchestrator.cluster.model import Need, Placement, Snapshot
+from orchestrator.cluster.model import Option, Placement, Snapshot
 from orchestrator.errors import DoesNotFitError, ImpossibleGangError
 from orchestrator.job.lifecycle import Reason, ReasonCode
 from orchestrator.schedule.place import largest_gang, place
-
-
-@dataclass(frozen=True)
-class Option:
-    """A way to run a gang that fits where it says: what it needs of each rank's place, and the plan that goes with it."""
-
-    processes: int
-    device: Device
-    need: Need
-    plan: ExecutionPlan
 
 
 @dataclass(frozen=True)
@@ -46,8 +35,8 @@ class Waiting:
 class Start:
     job_id: str
     placement: Placement
-    plan: ExecutionPlan | None = None
-    """Of the option that was taken."""
+    option: Option | None = None
+    """The one that was taken."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +122,7 @@ def first_that_fits(snapshot: Snapshot, job: Waiting) -> Start | None:
     for option in job.options:
         placement = place(snapshot, option.processes, job.accelerator, option.need, (option.device,))
         if placement is not None:
-            return Start(job.job_id, placement, option.plan)
+            return Start(job.job_id, placement, option)
     return None
 
 

@@ -1,0 +1,193 @@
+"""`python -m benchmarks.memory_limits`: does what is planned fit, and how much is left unused?
+
+Trainings run in memory cgroups of random sizes, in which the kernel kills what exceeds the limit. The plan comes from
+the planner alone; brute force tries the same plan with every larger micro-batch, and stops where the kernel kills. The
+first attempts of each architecture are planned with the cold-start margin, later ones with what was learned from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.memory import footprint_of
+from benchmarks.memory_world import Case, write_job
+from launch.contract import ExecutionPlan, ExitCode
+from launch.document import read_document
+from launch.footprint_record import Footprint
+from launch.shape import ModelShape, read_shape
+from orchestrator.cluster.spec import NodeKind
+from orchestrator.job.spec import TrainingJob, load_job
+from orchestrator.memory.calibrate import Score, margin_factor
+from orchestrator.memory.search import COLD, Choice, Margin, needed, search
+from tests.victims import ENV_CGROUP
+from tests.worlds import a_contract, start
+
+TOP = Path("/sys/fs/cgroup/memory")
+LEARNED_AFTER = 10
+ROWS = 64
+"""Of a global batch on each rank."""
+CASES = [
+    Case("bert", 256, ROWS, hidden=256, layers=4),
+    Case("gpt2", 256, ROWS, hidden=256, layers=4),
+    Case("llama", 256, ROWS, hidden=256, layers=4),
+]
+
+
+@contextmanager
+def cgroup(limit: int) -> Iterator[Path]:
+    """A cgroup of memory (version 1) that allows `limit` bytes and no swap."""
+    group = TOP / f"tuneyard-{os.getpid()}-{limit}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+        yield group
+    finally:
+        group.rmdir()
+
+
+def fits(job: TrainingJob, plan: ExecutionPlan, limit: int, folder: Path) -> int | None:
+    """Peak resident bytes of the training under `limit`; None if the kernel killed it."""
+    run_dir = Path(tempfile.mkdtemp(prefix="run-", dir=folder))
+    with cgroup(limit * plan.world_size) as group:
+        contract = a_contract(run_dir, plan, job.train_spec())
+        launched = start(contract, {ENV_CGROUP: str(group)}, "tests.victims", cold=True)
+        ends = launched.wait(400)
+    done = [ends[rank] for rank in ends if ends[rank].code == ExitCode.DONE]
+    logs = launched.logs()
+    shutil.rmtree(run_dir)
+    if len(done) == plan.world_size:
+        return max(end.result.peak_bytes for end in done if end.result is not None)
+    told = [end for end in ends.values() if end.code not in (ExitCode.DONE, ExitCode.OUT_OF_MEMORY)]
+    if len(ends) == plan.world_size and told:
+        raise RuntimeError(f"{told[0].error}\n{logs}")
+    return None
+
+
+def with_micro(plan: ExecutionPlan, micro: int) -> ExecutionPlan:
+    return plan.model_copy(update={"micro_batch_size": micro, "gradient_accumulation_steps": -(-ROWS // micro)})
+
+
+class Subject:
+    """One architecture: its job, footprint, and what has been learned of it."""
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.case, self.folder = case, folder
+        path = write_job(case, folder, planned=True)
+        job = load_job(read_document(path))
+        assert isinstance(job, TrainingJob)
+        self.job = job
+        self.shape: ModelShape = read_shape(job.model)
+        self.footprint: Footprint = footprint_of(case, folder, planned=True)
+        self.scores: list[Score] = []
+
+    @property
+    def margin(self) -> Margin:
+        factor = margin_factor(self.scores)
+        return Margin(COLD.static * max(0.0, factor), COLD.dynamic * factor)
+
+    def choose(self, limit: int) -> Choice:
+        kind = NodeKind("limited", 1, os.cpu_count() or 1, 1, limit)
+        choice = search(self.job, self.shape, self.footprint, [kind], self.margin)
+        assert choice is not None
+        return choice
+
+    def limits(self, draw: random.Random) -> int:
+        """Enough for between 4 and 28 rows without recomputation."""
+        rows = draw.uniform(4, 28)
+        kind = NodeKind("large", 1, os.cpu_count() or 1, 1, 1 << 40)
+        plan = next(
+            one.plan
+            for choice in [search(self.job, self.shape, self.footprint, [kind])]
+            if choice is not None
+            for one in [choice.best]
+        ).model_copy(update={"allocator": "tight"})
+        from orchestrator.memory.search import predict_of
+
+        low, high = (predict_of(self.job)(self.footprint, with_micro(plan, micro)).peak_bytes for micro in (4, 28))
+        return int(low + (high - low) * (rows - 4) / 24)
+
+
+def brute_force(subject: Subject, plan: ExecutionPlan, limit: int, most: int) -> int:
+    """The largest micro-batch that runs, of those from the plan's on."""
+    low, high = plan.micro_batch_size, most + 1  # low runs; high does not, or is not asked for
+    step = 1
+    while low + step < high:
+        if fits(subject.job, with_micro(plan, low + step), limit, subject.folder) is None:
+            high = low + step
+        else:
+            low += step
+            step *= 2
+            continue
+        step = max(1, (high - low) // 2)
+        if high - low == 1:
+            break
+    return low
+
+
+def row_of(subject: Subject, limit: int, most: int) -> dict[str, Any]:
+    learned = len(subject.scores) >= LEARNED_AFTER
+    choice = subject.choose(limit)
+    plan = choice.best.plan
+    row: dict[str, Any] = {
+        "case": subject.case.name, "limit": limit, "learned": learned, "fits": choice.fits,
+        "micro_batch_size": plan.micro_batch_size, "allocator": plan.allocator,
+        "activation_checkpointing": plan.activation_checkpointing,
+    }  # fmt: skip
+    if not choice.fits:
+        return row
+    peak = fits(subject.job, plan, limit, subject.folder)
+    row["ran_out"] = peak is None
+    if peak is not None:
+        cold = needed(choice.best.predicted, plan, COLD)
+        said = needed(choice.best.predicted, plan, Margin(0.0, 0.0))
+        subject.scores.append(Score(predicted_bytes=said.host, margin_bytes=cold.host - said.host, measured_bytes=peak))
+        row["brute_force"] = brute_force(subject, plan, limit, most)
+        row["share"] = plan.micro_batch_size / row["brute_force"]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--limits", type=int, default=51)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("-o", default="text")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="limits-"))
+    draw = random.Random(arguments.seed)
+    rows = []
+    try:
+        subjects = [Subject(case, folder) for case in CASES]
+        for number in range(arguments.limits):
+            subject = subjects[number % len(subjects)]
+            rows.append(row_of(subject, subject.limits(draw), 32))
+            print(json.dumps(rows[-1]), flush=True)
+    finally:
+        shutil.rmtree(folder)
+    print(json.dumps(summary(rows)))
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    ran = [row for row in rows if row["fits"]]
+    cold = [row["share"] for row in ran if not row["learned"] and "share" in row]
+    learned = [row["share"] for row in ran if row["learned"] and "share" in row]
+    return {
+        "limits": len(rows), "planned": len(ran), "ran_out": sum(row["ran_out"] for row in ran),
+        "share_cold_min": round(min(cold), 3) if cold else None, "share_cold_mean": round(mean(cold), 3) if cold else None,
+        "share_learned_min": round(min(learned), 3) if learned else None,
+        "share_learned_mean": round(mean(learned), 3) if learned else None, "learned": len(learned),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
