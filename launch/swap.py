@@ -13,12 +13,15 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from launch.errors import SpecError
 
 PREFIX = "tuneyard-"
 LOCK = "lock"
+OPERATIONS = ("pin_memory", "async_io")
+"""What DeepSpeed compiles for it, in this order."""
 
 _taken: list[tuple[Path, int]] = []
 """This process's folders, and the descriptors that hold their locks."""
@@ -70,7 +73,7 @@ def _sweep(directory: Path) -> None:
 
 
 def _check_operation() -> None:
-    """Load DeepSpeed's asynchronous I/O, which is compiled at its first use on a machine.
+    """Load DeepSpeed's asynchronous I/O, which is compiled at its first use on a machine, unless the installation has it.
 
     Raises:
         SpecError: it cannot be.
@@ -82,7 +85,8 @@ def _check_operation() -> None:
     why = "libaio or a C++ compiler is missing"
     if installed_ops.get(builder.NAME) or builder.is_compatible():
         try:
-            builder.load(verbose=False)
+            with _compiling_alone():
+                builder.load(verbose=False)
             return
         except (ImportError, RuntimeError, OSError) as problem:
             why = str(problem)
@@ -93,3 +97,16 @@ def _check_operation() -> None:
         hint="install libaio with its headers and a C++ compiler on every node (Debian, Ubuntu: apt-get install "
         "libaio-dev g++), or leave offload_path out",
     )
+
+
+@contextlib.contextmanager
+def _compiling_alone() -> Iterator[None]:
+    """Torch marks a compilation by a file, and one that was killed leaves it: whoever comes next would wait for good."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folders = [Path(_get_build_directory(name, verbose=False)) for name in OPERATIONS]
+    with (folders[0].parent / "tuneyard.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for folder in folders:
+            (folder / "lock").unlink(missing_ok=True)
+        yield

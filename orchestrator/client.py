@@ -71,14 +71,20 @@ class Client:
         """`ok`, `version`, and whether that controller is the acting one."""
         return self._ask(dict[str, Any], "GET", "/healthz")
 
-    def submit(self, job: AnyJob, git: GitState | None = None) -> JobView:
-        """Queue `job`, whose file stood at `git`. Raises ImpossibleGangError or SpecError; then nothing is stored."""
-        body = {"job": job.model_dump(mode="json"), "git": None if git is None else git.model_dump(mode="json")}
+    def submit(self, job: AnyJob, git: GitState | None = None, sizing: str | None = None) -> JobView:
+        """Queue `job`, whose file stood at `git`; `sizing` is a memory.sizing.Sizing as JSON, if its model is known.
+
+        Raises ImpossibleGangError, DoesNotFitError or SpecError; then nothing is stored."""
+        body = {
+            "job": job.model_dump(mode="json"),
+            "git": None if git is None else git.model_dump(mode="json"),
+            "sizing": sizing,
+        }
         return self._ask(JobView, "POST", "/v1/jobs", json=body)
 
-    def dry_run(self, job: AnyJob) -> DryRun:
+    def dry_run(self, job: AnyJob, sizing: str | None = None) -> DryRun:
         """What would happen to `job`."""
-        body = {"job": job.model_dump(mode="json")}
+        body = {"job": job.model_dump(mode="json"), "sizing": sizing}
         return self._ask(DryRun, "POST", "/v1/jobs:dry-run", json=body)
 
     def jobs(self, limit: int = 1000) -> list[JobView]:

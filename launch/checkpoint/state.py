@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from launch.checkpoint import swapped
 from launch.checkpoint.manifest import CheckpointError, LogicalTensor
 
 WEIGHT = "weight"
@@ -147,11 +148,11 @@ class ZeroState:
     def parts(self) -> list[Part]:
         self._materialise()
         parts: list[Part] = []
+        files = swapped.views(self._zero) if self._stage == 3 else {}
         for name, start, flat, offset, length in self._addresses():
-            held = {WEIGHT: flat, **self._held(flat)}
-            parts += [
-                Part(f"{key}/{name}", start, value.detach().narrow(0, offset, length)) for key, value in held.items()
-            ]
+            for key, value in {WEIGHT: flat, **self._held(flat)}.items():
+                live = files.get(id(value), value)
+                parts.append(Part(f"{key}/{name}", start, live.detach().narrow(0, offset, length)))
         return parts + share_of(buffers(self._module), self._rank, self._world_size)
 
     def loaded(self) -> None:
@@ -160,7 +161,8 @@ class ZeroState:
             zero.update_lp_params()
         else:
             for index in range(len(zero.fp16_groups)):
-                zero._reassign_or_swap_out_partitioned_parameters(index)
+                with swapped.in_memory(zero, index):
+                    zero._reassign_or_swap_out_partitioned_parameters(index)
             if zero.persistent_parameters:
                 # Small parameters are kept whole beside this rank's part; whole they are still the old ones.
                 zero.persistent_parameters[0].partition(zero.persistent_parameters)
@@ -207,10 +209,12 @@ class ZeroState:
         if self._stage < 3:
             materialise(zero.optimizer)
             return
-        groups: list[list[torch.Tensor]] = [[] for _ in zero.optimizer.param_groups]
         for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
-            groups[zero.sub_group_to_group_id[index]].append(flat)
-        materialise(zero.optimizer, groups)
+            if not zero.optimizer.state[flat]:
+                groups: list[list[torch.Tensor]] = [[] for _ in zero.optimizer.param_groups]
+                groups[zero.sub_group_to_group_id[index]].append(flat)
+                with swapped.in_memory(zero, index, write=True):
+                    materialise(zero.optimizer, groups)
 
     def _keys(self) -> list[str]:
         self._materialise()

@@ -18,7 +18,9 @@ from orchestrator.store.store import Store
 from orchestrator.views import JobView
 
 
-def run_here(job: AnyJob, origin: Origin, settings: Settings, executor: LocalExecutor) -> Iterator[JobView]:
+def run_here(
+    job: AnyJob, origin: Origin, settings: Settings, executor: LocalExecutor, sizing: str | None = None
+) -> Iterator[JobView]:
     """The job after every look at it, until it is final.
 
     SIGINT and SIGTERM ask the ranks to stop at their next step; a second one ends them at once.
@@ -28,7 +30,7 @@ def run_here(job: AnyJob, origin: Origin, settings: Settings, executor: LocalExe
     settings = settings.model_copy(update={"home": settings.root / "runs" / job_id, "database_url": None})
     store = Store(settings.url)
     store.prepare()
-    store.add_job(job_id, job, time.time(), origin)
+    store.add_job(job_id, job, time.time(), origin, sizing)
     controller = Controller(store, executor, settings)
     interrupts = 0
 

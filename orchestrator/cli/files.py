@@ -12,7 +12,7 @@ import typer
 from launch.document import Document, path_of, read_document
 from orchestrator.errors import SpecError, SpecErrors
 from orchestrator.job.check import check_job
-from orchestrator.job.spec import AnyJob, load_job
+from orchestrator.job.spec import AnyJob, TrainingJob, load_job
 
 JobFile = Annotated[Path, typer.Argument(metavar="FILE", help="The job file (YAML); write one with `tuneyard init`.")]
 Overrides = Annotated[
@@ -31,6 +31,20 @@ def read_job(file: Path, overrides: list[str] | None) -> tuple[AnyJob, Document]
     job = load_job(document)
     check_job(job, document)
     return job, document
+
+
+def read_sizing(job: AnyJob) -> str | None:
+    """What the job's model needs of memory, as JSON, from files that are here; None where that is not known: then it
+    is placed by numbers of processes alone."""
+    if not isinstance(job, TrainingJob):
+        return None
+    from launch.shape import read_shape
+    from orchestrator.memory.sizing import sizing_of
+
+    try:
+        return sizing_of(job, read_shape(job.model)).model_dump_json()
+    except SpecError:
+        return None
 
 
 @contextmanager

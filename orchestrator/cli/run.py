@@ -6,7 +6,7 @@ import typer
 
 from launch.contract import Origin
 from launch.git import git_state
-from orchestrator.cli.files import JobFile, Overrides, read_job, told_where
+from orchestrator.cli.files import JobFile, Overrides, read_job, read_sizing, told_where
 from orchestrator.cli.output import Format, Output, job_json, print_json
 from orchestrator.cli.progress import follow, summary
 from orchestrator.cli.status import of_job
@@ -28,15 +28,17 @@ def run(
     """
     # Imported late: the other verbs need neither database nor executor.
     from orchestrator.cli.embedded import run_here
-    from orchestrator.control.reconcile import waiting
+    from orchestrator.control.wishes import waiting
     from orchestrator.execute.local import LocalExecutor
 
     job, document = read_job(file, set_)
+    sizing = read_sizing(job)
     settings = Settings()
     executor = LocalExecutor(settings.cpu_slots, owned=True)
+    nodes = tuple(executor.nodes())
     with told_where(document):
-        check_possible(Snapshot(nodes=tuple(executor.nodes())), waiting("run", 0, job))
-    view = follow(run_here(job, Origin(git=git_state(file)), settings, executor), quiet=quiet)
+        check_possible(Snapshot(nodes=nodes), waiting("run", 0, job, sizing=sizing, nodes=nodes))
+    view = follow(run_here(job, Origin(git=git_state(file)), settings, executor, sizing), quiet=quiet)
     if output == Format.JSON:
         print_json(job_json(view))
     else:

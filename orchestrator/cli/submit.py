@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from launch.git import git_state
-from orchestrator.cli.files import JobFile, Overrides, read_job, told_where
+from orchestrator.cli.files import JobFile, Overrides, read_job, read_sizing, told_where
 from orchestrator.cli.output import Format, Output, job_json, out, print_json
 from orchestrator.cli.progress import follow, summary
 from orchestrator.cli.status import of_job
@@ -24,11 +24,12 @@ def submit(
     The file, and all that it names, is checked here first: a job that cannot run is refused and nothing is stored.
     """
     job, document = read_job(file, set_)
+    sizing = read_sizing(job)
     from orchestrator.cli.yard import client
 
     with client() as yard, told_where(document):
         if dry_run:
-            answer = yard.dry_run(job)
+            answer = yard.dry_run(job, sizing)
             if output == Format.JSON:
                 print_json(answer.model_dump(mode="json"))
                 return
@@ -42,7 +43,7 @@ def submit(
             else:
                 out.print(f"placement  none yet: {answer.waits}")
             return
-        view = yard.submit(job, git_state(file))
+        view = yard.submit(job, git_state(file), sizing)
         if not wait:
             if output == Format.JSON:
                 print_json(job_json(view))

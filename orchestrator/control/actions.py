@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ class StartAttempt:
     relief: Relief | None = None
     """To store with it, if it is the first of a job that starts on a rung."""
     notes: tuple[Note, ...] = ()
+    predicted: Mapping[str, Any] | None = None
+    """What its memory was predicted to be: memory.options.Forecast as JSON."""
 
 
 @dataclass(frozen=True)

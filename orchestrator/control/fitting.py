@@ -107,6 +107,7 @@ def peak_of(
         device_kind=device,
         world_size=attempt.plan.world_size,
         plan=attempt.plan,
+        predicted=attempt.predicted,
         measured_bytes=used if ran_out else max(measured),
         limit_bytes=error.limit_bytes if error is not None else None,
         ran_out=ran_out,

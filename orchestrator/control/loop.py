@@ -6,12 +6,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import structlog
 
-from launch.contract import Origin, RunContract, checkpoints_of_job, dumps
+from launch.contract import Device, Origin, RunContract, checkpoints_of_job, dumps
+from launch.footprint_record import Footprint
+from orchestrator.cluster.model import Node
 from orchestrator.control.actions import (
     Action,
     EndAttempt,
@@ -27,11 +29,15 @@ from orchestrator.control.actions import (
     StartAttempt,
 )
 from orchestrator.control.reconcile import Facts, Policy, State, reconcile
+from orchestrator.control.wishes import ways_of
 from orchestrator.errors import ConflictError, ExecutorError, LeaseLostError, StoreError
 from orchestrator.execute.protocol import Executor
+from orchestrator.execute.tracing import Tracer
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
 from orchestrator.job.spec import FromEnvironment, TrainingJob
 from orchestrator.memory.alike import key_of
+from orchestrator.memory.options import factors_of, kinds_of
+from orchestrator.memory.sizing import Sizing
 from orchestrator.recover.classify import Outcome
 from orchestrator.recover.reliability import LOOK_BACK_S, Ran, mean_time_between_failures
 from orchestrator.settings import Settings
@@ -53,6 +59,7 @@ class Controller:
         self.clock = clock
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{id(self):x}"
         self.lease: Lease | None = None
+        self.tracer = Tracer(clock)
         self.wake = threading.Event()
         self._policy = Policy(
             leash=settings.leash,
@@ -84,6 +91,7 @@ class Controller:
 
     def close(self) -> None:
         """Let another controller act at once. Attempts go on."""
+        self.tracer.close()
         if self.lease is not None:
             self.store.release_lease(self.lease)
             self.lease = None
@@ -114,15 +122,48 @@ class Controller:
 
     def _state(self) -> State:
         jobs = self.store.jobs(live=True)
-        unstarted = (job for job in jobs if job.attempts == 0 and job.state == JobState.QUEUED)
-        keys = {key for job in unstarted if (key := key_of(job.job)) is not None}
-        return State(jobs=jobs, attempts=self.store.live_attempts(), peaks=self.store.peaks(keys) if keys else ())
+        queued = [job for job in jobs if job.state == JobState.QUEUED]
+        keys = {key for job in queued if job.attempts == 0 and (key := key_of(job.job)) is not None}
+        return State(
+            jobs=jobs,
+            attempts=self.store.live_attempts(),
+            peaks=self.store.peaks(keys) if keys else (),
+            factors=factors_of(self.store.forecasts()) if any(job.sizing for job in queued) else (),
+        )
 
     def _observe(self, state: State) -> Facts:
         nodes = self.executor.nodes()
         contracts = [attempt.run for attempt in state.attempts]
         offsets = {attempt.run.run_id: attempt.progress_offset for attempt in state.attempts}
-        return Facts(nodes=nodes, statuses=self.executor.poll(contracts, offsets) if contracts else {})
+        return Facts(
+            nodes=nodes,
+            statuses=self.executor.poll(contracts, offsets) if contracts else {},
+            tracing=self._trace(state, nodes),
+        )
+
+    def _trace(self, state: State, nodes: Sequence[Node]) -> frozenset[str]:
+        """Jobs that wait for their memory to be traced: those that need most of a place, as far as formulas tell, and
+        have not begun. What is found is stored, and so is that nothing was."""
+        kinds, waits = kinds_of(nodes), set()
+        for job in state.jobs:
+            if job.state != JobState.QUEUED or job.attempts or job.sizing is None or job.cancel_requested:
+                continue
+            found = ways_of(job, kinds, state.factors)
+            if found is None or not (found.tight or found.misfit):
+                continue
+            sizing, spec = Sizing.model_validate_json(job.sizing), job.job
+            device: Device = found.options[0].device if found.options else "cpu"
+            known = sizing.on(device)
+            if known.source == "traced" or known.reason is not None or not isinstance(spec, TrainingJob):
+                continue
+            answer = self.tracer.ask(job.id, spec.train_spec(), device)
+            waits.add(job.id)
+            if answer is not None and self.lease is not None:
+                better = answer if isinstance(answer, Footprint) else known.model_copy(update={"reason": answer})
+                with self.store.acting(self.lease) as write:
+                    write.set_sizing(job.id, sizing.traced(better, device).model_dump_json())
+                self.tracer.forget(job.id)
+        return frozenset(waits)
 
     def _apply(
         self, action: Action, lease: Lease, jobs: dict[str, JobRow], contracts: dict[tuple[str, int], RunContract]
@@ -177,7 +218,7 @@ class Controller:
         relief = {} if action.relief is None else {"relief": dumps(action.relief)}
         try:
             with self.store.acting(lease) as write:
-                write.add_attempt(contract, action.placement, now)
+                write.add_attempt(contract, action.placement, now, action.predicted)
                 write.set_job(action.job_id, JobState.STARTING, reason, now, **relief)
                 for note in action.notes:
                     write.event(action.job_id, action.number, now, note.kind, note.data)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from launch.contract import Device, ExitCode, StopRequest
-from orchestrator.cluster.model import Node, Placement, Snapshot
+from orchestrator.cluster.model import Node, Snapshot
 from orchestrator.cluster.status import AttemptStatus
 from orchestrator.control.actions import (
     Action,
@@ -26,9 +26,11 @@ from orchestrator.control.actions import (
 )
 from orchestrator.control.fitting import after_out_of_memory, device_kind, peak_of
 from orchestrator.control.result import job_error, job_result, metrics_sentence
+from orchestrator.control.wishes import waiting_row
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
-from orchestrator.job.spec import AnyJob
 from orchestrator.memory.alike import Peak, key_of, remembered
+from orchestrator.memory.ladder import eased
+from orchestrator.memory.options import Factors, kinds_of
 from orchestrator.memory.plan import plan
 from orchestrator.recover.classify import RETRIED, Outcome, Verdict, back_off, judge, may_retry
 from orchestrator.schedule.decide import Start, Waiting, decide
@@ -39,6 +41,11 @@ START_AGAIN_S = 5.0
 START_TIMEOUT_S = 60.0
 SILENCE_S = 3.0  # a node that has not answered for so long is lost
 ECHO_S = 5.0  # time the other nodes have to end once one has failed
+_TRACING = Reason(
+    code=ReasonCode.TRACING,
+    sentence="its memory is being traced, since it needs most of what there is",
+    remedy="starts when that is done, in a minute at most; nothing to do",
+)
 PAUSE = "paused"  # StopRequest.reason of a planned stop, which saves first
 
 
@@ -60,6 +67,8 @@ class State:
     attempts: Sequence[AttemptRow]
     peaks: Sequence[Peak] = ()
     """Of jobs like those that have not started yet."""
+    factors: Factors = ()
+    """What attempts have taught of memory: by what to multiply margins."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,8 @@ class Facts:
     nodes: Sequence[Node]
     statuses: Mapping[str, AttemptStatus] = field(default_factory=dict)
     """By run id."""
+    tracing: frozenset[str] = frozenset()
+    """Jobs whose memory is being traced, which they wait for."""
 
 
 def reconcile(state: State, facts: Facts, now: float, policy: Policy) -> list[Action]:
@@ -247,6 +258,7 @@ def _queue(state: State, facts: Facts, holding: Sequence[AttemptRow], now: float
     waiting: list[Waiting] = []
     queued = {job.id: job for job in state.jobs if job.state == JobState.QUEUED}
     busy = {attempt.job_id for attempt in holding}
+    kinds = kinds_of(facts.nodes)
     for job in state.jobs:
         if job.id in busy or job.state not in (JobState.QUEUED, JobState.PAUSED):
             continue
@@ -262,48 +274,41 @@ def _queue(state: State, facts: Facts, holding: Sequence[AttemptRow], now: float
         elif _over_time(job, None, now):
             sentence = f"max_duration ({job.job.max_duration:.0f} s) passed before it could be started again"
             yield MoveJob(job.id, JobState.FAILED, Reason(code=ReasonCode.MAX_DURATION, sentence=sentence))
+        elif job.id in facts.tracing:
+            if job.reason.code != ReasonCode.TRACING:
+                yield Explain(job.id, _TRACING)
         elif job.not_before is None or now >= job.not_before:
-            waiting.append(_waiting(job))
+            waiting.append(waiting_row(job, kinds, state.factors))
     snapshot = Snapshot.of(facts.nodes, (attempt.held for attempt in holding))
     for decision in decide(snapshot, waiting):
         job = queued[decision.job_id]
         if isinstance(decision, Start):
-            yield _start(job, decision.placement, state, facts)
+            yield _start(job, decision, state, facts)
         elif decision.reason != job.reason:
             yield Explain(job.id, decision.reason)
 
 
-def _start(job: JobRow, placement: Placement, state: State, facts: Facts) -> StartAttempt:
+def _start(job: JobRow, start: Start, state: State, facts: Facts) -> StartAttempt:
     """The next attempt, planned for its placement, or as it is pinned to be."""
-    number = job.attempts + 1
+    number, placement = job.attempts + 1, start.placement
     pinned = job.origin.pinned if job.origin is not None else None
     if pinned is not None:
         # A rank whose number is another one sets it itself.
         shares = tuple(share.model_copy(update={"threads": pinned.threads[0]}) for share in placement.shares)
         return StartAttempt(job.id, number, placement.model_copy(update={"shares": shares}), pinned.plan)
     device = cast(Device, placement.device)
-    chosen = plan(job.job, placement.world_size, device, job.relief)
+    option = start.option
+    chosen = option.plan if option is not None else plan(job.job, placement.world_size, device, job.relief)
+    predicted = option.predicted if option is not None else None
     if number == 1:
         key = key_of(job.job) if state.peaks else None
         alike = [row for row in state.peaks if row.key == key]
         found = remembered(alike, job.job, chosen, device_kind(facts.nodes, placement)) if alike else None
         if found is not None:
-            chosen = plan(job.job, placement.world_size, device, found.relief)
+            chosen = eased(job.job, chosen, found.relief)
             note = Note("remembered", {"sentence": found.sentence})
             return StartAttempt(job.id, number, placement, chosen, found.relief, (note,))
-    return StartAttempt(job.id, number, placement, chosen)
-
-
-def _waiting(row: JobRow) -> Waiting:
-    return waiting(row.id, row.sequence, row.job)
-
-
-def waiting(job_id: str, sequence: int, job: AnyJob) -> Waiting:
-    """What the scheduler needs to know of a job."""
-    low, high = job.resources.bounds
-    if job.strategy == "single":
-        low = high = 1
-    return Waiting(job_id, sequence, job.priority, low, high, job.resources.accelerator)
+    return StartAttempt(job.id, number, placement, chosen, predicted=predicted if job.relief is None else None)
 
 
 def _over_time(job: JobRow, attempt: AttemptRow | None, now: float) -> bool:

@@ -94,6 +94,7 @@ class ReasonCode(enum.StrEnum):
     NO_NODES = "no-nodes"
     DOES_NOT_FIT = "does-not-fit"  # no node has the memory
     GANG_TOO_LARGE = "gang-too-large"
+    TRACING = "tracing"  # how much memory it needs is being found out
     BACKING_OFF = "backing-off"
     NEXT_RUNG = "next-rung"  # it ran out of memory, and goes on with a plan that takes less
     OLD_ATTEMPT_ENDING = "old-attempt-ending"

@@ -181,7 +181,17 @@ class _Rank:
             items["gradients"] = self.gradients  # DDP's buckets, of which gradients are views
         elif self.stage == 3 and not self.offloads:
             items |= {"gradients": self.gradients / self.shares, "buckets": self.bucket}
+        if self.plan.device == "cpu":
+            items["offload"] = self.offload_buffers
         return items
+
+    @property
+    def offload_buffers(self) -> float:
+        """What DeepSpeed holds on the host beside what it has moved there: the shard's gradients in fp32; in stages 1
+        and 2 twice, and two buffers as large as the largest weight."""
+        if self.plan.offload == "none":
+            return 0.0
+        return self.masters if self.stage == 3 else 2 * self.masters + 2 * FP32 * self.footprint.largest
 
     def moments(self) -> dict[str, Items]:
         """What is on the device at each moment that may be the worst."""
@@ -250,7 +260,7 @@ class _Rank:
         yield "process", CUDA_PROCESS
         if self.offloads:
             yield "optimizer", self.optimizer
-            yield "gradients", self.masters
+            yield "offload", self.offload_buffers
             if self.plan.offload == "all":
                 yield "weights", self.width * self.footprint.parameters / self.plan.world_size
 

@@ -54,9 +54,11 @@ def kinds_of(nodes: Iterable[Node]) -> tuple[NodeKind, ...] | None:
 
 Like = tuple[str, EngineName, Allocator]
 """What margins are learned by: architecture, engine and allocator."""
+Factors = tuple[tuple[Like, float], ...]
+"""By which to multiply the margins of what is alike."""
 
 
-def factors_of(peaks: Iterable[Peak]) -> tuple[tuple[Like, float], ...]:
+def factors_of(peaks: Iterable[Peak]) -> Factors:
     """By which factor margins change, from what attempts have needed."""
     scores: dict[Like, list[Score]] = {}
     for peak in peaks:
@@ -75,7 +77,7 @@ def ways(
     job: str,
     sizing: str,
     kinds: tuple[NodeKind, ...],
-    factors: tuple[tuple[Like, float], ...] = (),
+    factors: Factors = (),
     relief: str | None = None,
 ) -> Ways:
     """How `job` may run on `kinds`; job, Sizing and Relief as JSON, so that an answer can be remembered."""

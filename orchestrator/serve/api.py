@@ -13,14 +13,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, ValidationError
 
 from launch import __version__
 from launch.contract import GitState, Origin
 from orchestrator.cluster.model import Snapshot
 from orchestrator.cluster.status import StandbyReport
 from orchestrator.control.loop import Controller
-from orchestrator.control.reconcile import waiting
+from orchestrator.control.wishes import waiting
 from orchestrator.errors import (
     ConflictError,
     ExecutorError,
@@ -32,14 +32,16 @@ from orchestrator.errors import (
     UnauthorizedError,
 )
 from orchestrator.job.spec import AnyJob, check_submission
+from orchestrator.memory.options import factors_of
 from orchestrator.memory.plan import plan
-from orchestrator.schedule.decide import check_possible
-from orchestrator.schedule.place import largest_gang, place
+from orchestrator.memory.sizing import Sizing
+from orchestrator.schedule.decide import Waiting, check_possible, first_that_fits
 from orchestrator.serve.views import attempt_view, job_view
 from orchestrator.views import AttemptView, DryRun, EventView, JobView, NodeView
 
 MAX_BODY = 1 << 20
 MAX_LOG = 1 << 20
+MAX_SIZING = 1 << 18
 MAX_OFFSET = 1 << 40
 MAX_EVENT = (1 << 63) - 1
 JOB_ID = re.compile(r"[a-z0-9-]{1,80}")
@@ -70,6 +72,22 @@ class Submission(BaseModel):
     job: dict[str, Any]
     git: GitState | None = None
     """Of the job file, as its reader saw it."""
+    sizing: Annotated[str, Field(max_length=MAX_SIZING)] | None = None
+    """memory.sizing.Sizing as JSON, made where the model's files are."""
+
+    def read_sizing(self) -> str | None:
+        """Raises SpecError if it is none."""
+        if self.sizing is None:
+            return None
+        try:
+            return Sizing.model_validate_json(self.sizing).model_dump_json()
+        except ValidationError as problem:
+            raise SpecError(
+                "what was sent of the model's memory is not readable",
+                code="bad-sizing",
+                field="sizing",
+                hint="are client and yard of one version?",
+            ) from problem
 
 
 def create_app(controller: Controller, token: str) -> FastAPI:
@@ -136,32 +154,31 @@ def create_app(controller: Controller, token: str) -> FastAPI:
     @guarded.post("/jobs", status_code=201)
     def submit(submission: Submission) -> JobView:
         job = check_submission(submission.job)
-        _check_possible(controller, job)
+        sizing = submission.read_sizing()
+        check_possible(Snapshot(nodes=tuple(executor.nodes())), _wish(controller, job, sizing))
         suffix = "".join(secrets.choice(ID_ALPHABET) for _ in range(5))
-        row = store.add_job(f"{job.name}-{suffix}", job, time.time(), Origin(git=submission.git))
+        row = store.add_job(f"{job.name}-{suffix}", job, time.time(), Origin(git=submission.git), sizing)
         controller.wake.set()
         return job_view(row)
 
     @guarded.post("/jobs:dry-run")
     def dry_run(submission: Submission) -> DryRun:
         job = check_submission(submission.job)
-        _check_possible(controller, job)
-        held = [attempt.held for attempt in store.live_attempts()]
-        snapshot = Snapshot.of(executor.nodes(), held)
-        wish = waiting("dry-run", 0, job)
-        now = place(
-            snapshot, _most(snapshot, wish.min_processes, wish.max_processes, wish.accelerator), wish.accelerator
+        wish = _wish(controller, job, submission.read_sizing())
+        nodes = tuple(executor.nodes())
+        check_possible(Snapshot(nodes=nodes), wish)
+        snapshot = Snapshot.of(nodes, [attempt.held for attempt in store.live_attempts()])
+        now = first_that_fits(snapshot, wish)
+        best = now or first_that_fits(snapshot.idle(), wish)
+        assert best is not None  # it is possible
+        there = best.placement
+        chosen = (
+            best.option.plan
+            if best.option
+            else plan(job, there.world_size, "cuda" if there.device == "cuda" else "cpu")
         )
-        best = now or place(
-            snapshot.idle(),
-            _most(snapshot.idle(), wish.min_processes, wish.max_processes, wish.accelerator),
-            wish.accelerator,
-        )
-        assert best is not None  # _check_possible
         waits = None if now else "no room for the whole gang now; it would wait its turn"
-        return DryRun(
-            placement=now, plan=plan(job, best.world_size, "cuda" if best.device == "cuda" else "cpu"), waits=waits
-        )
+        return DryRun(placement=now.placement if now else None, plan=chosen, waits=waits)
 
     @guarded.get("/jobs")
     def jobs(limit: Annotated[int, Query(ge=1, le=10_000)] = 1000) -> list[JobView]:
@@ -246,10 +263,7 @@ def create_app(controller: Controller, token: str) -> FastAPI:
     return app
 
 
-def _check_possible(controller: Controller, job: AnyJob) -> None:
-    """Raises ImpossibleGangError if no placement on today's nodes, all idle, holds the gang."""
-    check_possible(Snapshot(nodes=tuple(controller.executor.nodes())), waiting("new", 0, job))
-
-
-def _most(snapshot: Snapshot, low: int, high: int, accelerator: str) -> int:
-    return max(low, min(high, largest_gang(snapshot, accelerator)))
+def _wish(controller: Controller, job: AnyJob, sizing: str | None) -> Waiting:
+    """A job that is not stored, as the scheduler would see it."""
+    factors = factors_of(controller.store.forecasts()) if sizing is not None else ()
+    return waiting("new", 0, job, sizing=sizing, nodes=controller.executor.nodes(), factors=factors)

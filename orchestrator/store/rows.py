@@ -41,6 +41,7 @@ class JobRow(Row):
     error: dict[str, Any] | None
     result: dict[str, Any] | None
     checkpoint: LastCheckpoint | None = None
+    sizing: str | None = None
     relief: Relief | None = None
 
     @cached_property
@@ -61,6 +62,7 @@ class AttemptRow(Row):
     last_contact: float
     stop: StopRequest | None
     outcome: str | None
+    predicted: dict[str, Any] | None = None
     progress: ProgressLine | None
     progress_offset: int = 0
 

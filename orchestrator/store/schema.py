@@ -55,6 +55,7 @@ jobs = Table(
     Column("error", JSON, nullable=True),
     Column("result", JSON, nullable=True),
     Column("checkpoint", JSON, nullable=True),  # job.checkpoint.LastCheckpoint
+    Column("sizing", Text, nullable=True),  # memory.sizing.Sizing as JSON, where its model is known
     Column("relief", JSON, nullable=True),  # memory.ladder.Relief, once it has run out of memory
     Index("ix_jobs_state", "state"),
 )
@@ -73,6 +74,7 @@ attempts = Table(
     Column("last_contact", Float, nullable=False),  # when its agents last answered
     Column("stop", JSON, nullable=True),  # StopRequest that was sent
     Column("outcome", String(20), nullable=True),
+    Column("predicted", JSON, nullable=True),  # memory.options.Forecast
     Column("progress", JSON, nullable=True),  # newest ProgressLine of rank 0
     # Bytes of rank 0's progress whose checkpoints are events.
     Column("progress_offset", BigInteger, nullable=False, server_default="0"),

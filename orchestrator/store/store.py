@@ -65,15 +65,17 @@ class Store:
 
     # What users ask for. Needs no lease: it only adds a job or a wish.
 
-    def add_job(self, job_id: str, job: AnyJob, now: float, origin: Origin | None = None) -> JobRow:
-        """Store `job` as queued. Raises ConflictError if the id is taken."""
+    def add_job(
+        self, job_id: str, job: AnyJob, now: float, origin: Origin | None = None, sizing: str | None = None
+    ) -> JobRow:
+        """Store `job` as queued, with its memory.sizing.Sizing as JSON. Raises ConflictError if the id is taken."""
         reason = Reason(code=ReasonCode.SUBMITTED, sentence="submitted; the controller has not looked at it yet")
         with self._errors(), self._writing.begin() as connection:
             try:
                 connection.execute(
                     schema.jobs.insert().values(
                         id=job_id, name=job.name, queue=job.queue, priority=job.priority, spec=dump_job(job),
-                        origin=None if origin is None else dumps(origin),
+                        origin=None if origin is None else dumps(origin), sizing=sizing,
                         state=JobState.QUEUED, reason=reason.model_dump(mode="json"), attempts=0,
                         pause_requested=False, cancel_requested=False, submitted_at=now,
                     )
@@ -182,6 +184,13 @@ class Store:
         """The newest rows of jobs with these keys, newest first."""
         table = schema.peaks
         query = sa.select(table).where(table.c.key.in_(sorted(set(keys)))).order_by(table.c.id.desc()).limit(limit)
+        with self._errors(), self.engine.connect() as connection:
+            return [Peak.model_validate(dict(row)) for row in connection.execute(query).mappings()]
+
+    def forecasts(self, limit: int = 1000) -> list[Peak]:
+        """The newest rows of attempts of which something was predicted, of all jobs, newest first."""
+        table = schema.peaks
+        query = sa.select(table).where(table.c.predicted.is_not(None)).order_by(table.c.id.desc()).limit(limit)
         with self._errors(), self.engine.connect() as connection:
             return [Peak.model_validate(dict(row)) for row in connection.execute(query).mappings()]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -65,8 +65,10 @@ class Transaction:
             table.update().where(table.c.id == job_id, table.c.started_at.is_(None)).values(started_at=now)
         )
 
-    def add_attempt(self, contract: RunContract, placement: Placement, now: float) -> None:
-        """A new attempt, and the job's newest number.
+    def add_attempt(
+        self, contract: RunContract, placement: Placement, now: float, predicted: Mapping[str, Any] | None = None
+    ) -> None:
+        """A new attempt, and the job's newest number; `predicted` is a memory.options.Forecast as JSON.
 
         Raises:
             ConflictError: the number is not the one that follows the job's newest: another controller was faster.
@@ -82,7 +84,7 @@ class Transaction:
             schema.attempts.insert().values(
                 job_id=contract.job_id, number=contract.attempt, state=AttemptState.STARTING,
                 contract=contract.model_dump_json(), placement=placement.model_dump_json(),
-                created_at=now, last_contact=now,
+                created_at=now, last_contact=now, predicted=None if predicted is None else dict(predicted),
             )
         )  # fmt: skip
         shares = {share.node: share.processes for share in placement.shares}
@@ -160,6 +162,10 @@ class Transaction:
     def set_stop(self, job_id: str, number: int, request: StopRequest, now: float) -> None:
         """Remember the stop message before it is sent."""
         self.set_attempt(job_id, number, AttemptState.STOPPING, now, stop=dumps(request))
+
+    def set_sizing(self, job_id: str, sizing: str) -> None:
+        """A memory.sizing.Sizing as JSON, that is better than the one before."""
+        self._connection.execute(schema.jobs.update().where(schema.jobs.c.id == job_id).values(sizing=sizing))
 
     def add_peak(self, peak: Peak) -> None:
         """What an attempt needed of memory."""

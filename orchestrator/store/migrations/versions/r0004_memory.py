@@ -8,7 +8,9 @@ down_revision = "0003"
 
 
 def upgrade() -> None:
+    op.add_column("jobs", sa.Column("sizing", sa.Text))
     op.add_column("jobs", sa.Column("relief", sa.JSON))
+    op.add_column("attempts", sa.Column("predicted", sa.JSON))
     op.create_table(
         "peaks",
         sa.Column("id", sa.Integer, sa.Identity(), nullable=False),
@@ -30,4 +32,6 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("peaks")
+    op.drop_column("attempts", "predicted")
     op.drop_column("jobs", "relief")
+    op.drop_column("jobs", "sizing")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from launch.contract import NodeShare, RunContract
-from orchestrator.cluster.model import CORES_LABEL, NAME_LABEL, Gpu
+from orchestrator.cluster.gpus import KNOWN
+from orchestrator.cluster.model import CORES_LABEL, MEMORY_LABEL, NAME_LABEL, Gpu
 from orchestrator.execute.ray import GPU_TYPE_LABEL, _node
 from orchestrator.memory.plan import plan
 from orchestrator.yard import _labels
@@ -23,18 +24,21 @@ def test_a_node_without_labels_is_named_by_its_host() -> None:
     node = _node(an_entry({"CPU": 4.0, "memory": 1e9}))
     assert (node.id, node.name, node.address) == ("abc", "host", "10.0.0.1")
     assert (node.cpu_slots, node.cores, node.gpus) == (4, 4, ())
+    assert node.memory_bytes == 1_000_000_000  # what Ray has
 
 
 def test_the_labels_that_a_yard_gives_are_those_that_are_read() -> None:
-    given = _labels(2, 16).removeprefix("--labels=")
+    given = _labels(2, 16, 5_000).removeprefix("--labels=")
     node = _node(an_entry({"CPU": 4.0}, dict(pair.split("=") for pair in given.split(","))))
     assert (node.name, node.cores, node.cpu_slots) == ("node-2", 16, 4)
-    assert set(node.labels) == {NAME_LABEL, CORES_LABEL}
+    assert node.memory_bytes == 5_000
+    assert set(node.labels) == {NAME_LABEL, CORES_LABEL, MEMORY_LABEL}
 
 
 def test_a_gpus_type_is_a_label_or_a_resource() -> None:
     labelled = _node(an_entry({"CPU": 8.0, "GPU": 2.0}, {GPU_TYPE_LABEL: "H100"}))
-    assert labelled.gpus == (Gpu(index=0, type="H100"), Gpu(index=1, type="H100"))
+    memory = KNOWN["h100"].memory_bytes
+    assert labelled.gpus == tuple(Gpu(index=index, type="H100", memory_bytes=memory) for index in range(2))
     assert _node(an_entry({"GPU": 1.0, "accelerator_type:A100": 1.0})).gpus[0].type == "A100"
     assert _node(an_entry({"GPU": 1.0})).gpus[0].type == "GPU"
     assert _node(an_entry({"GPU": 1.0})).cores == 1
