@@ -12,30 +12,34 @@ import json
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from benchmarks.memory import footprint_of
 from benchmarks.memory_world import Case, write_job
-from launch.contract import ExecutionPlan, ExitCode
+from launch.attempt import ENV_RUN_ID, AttemptFiles, ExitCode
+from launch.contract import ExecutionPlan, RankExit
 from launch.document import read_document
+from launch.engine_config import launch_environment
 from launch.footprint_record import Footprint
 from launch.shape import ModelShape, read_shape
 from orchestrator.cluster.spec import NodeKind
 from orchestrator.job.spec import TrainingJob, load_job
 from orchestrator.memory.calibrate import Score, margin_factor
-from orchestrator.memory.search import COLD, Choice, Margin, needed, search
+from orchestrator.memory.search import COLD, Choice, Margin, predict_of, search
 from tests.victims import ENV_CGROUP
-from tests.worlds import a_contract, start
+from tests.worlds import a_contract
 
 TOP = Path("/sys/fs/cgroup/memory")
 LEARNED_AFTER = 10
-ROWS = 64
+ROWS = 32
 """Of a global batch on each rank."""
 CASES = [
     Case("bert", 256, ROWS, hidden=256, layers=4),
@@ -59,19 +63,26 @@ def cgroup(limit: int) -> Iterator[Path]:
 def fits(job: TrainingJob, plan: ExecutionPlan, limit: int, folder: Path) -> int | None:
     """Peak resident bytes of the training under `limit`; None if the kernel killed it."""
     run_dir = Path(tempfile.mkdtemp(prefix="run-", dir=folder))
-    with cgroup(limit * plan.world_size) as group:
-        contract = a_contract(run_dir, plan, job.train_spec())
-        launched = start(contract, {ENV_CGROUP: str(group)}, "tests.victims", cold=True)
-        ends = launched.wait(400)
-    done = [ends[rank] for rank in ends if ends[rank].code == ExitCode.DONE]
-    logs = launched.logs()
-    shutil.rmtree(run_dir)
-    if len(done) == plan.world_size:
-        return max(end.result.peak_bytes for end in done if end.result is not None)
-    told = [end for end in ends.values() if end.code not in (ExitCode.DONE, ExitCode.OUT_OF_MEMORY)]
-    if len(ends) == plan.world_size and told:
-        raise RuntimeError(f"{told[0].error}\n{logs}")
-    return None
+    contract = a_contract(run_dir, plan, job.train_spec())
+    files = AttemptFiles(run_dir)
+    contract.write(files.contract)
+    environment = launch_environment(plan, contract.nodes[0]) | {"HF_HUB_OFFLINE": "1", ENV_RUN_ID: contract.run_id}
+    with cgroup(limit) as group, (run_dir / "output").open("w") as output:
+        # What the launcher starts, without the launcher: there is one rank.
+        rank = subprocess.Popen(
+            [sys.executable, "-m", "tests.victims", "--contract", str(files.contract)],
+            env=os.environ | environment | {ENV_CGROUP: str(group)}, stdout=output, stderr=output,
+        )  # fmt: skip
+        rank.wait(600)
+    try:
+        if rank.returncode == -signal.SIGKILL:
+            return None
+        end = RankExit.model_validate_json(files.exit(0).read_bytes())
+        if end.code != ExitCode.DONE or end.result is None:
+            raise RuntimeError(f"{end.error}\n{(run_dir / 'output').read_text()}")
+        return end.result.peak_bytes
+    finally:
+        shutil.rmtree(run_dir)
 
 
 def with_micro(plan: ExecutionPlan, micro: int) -> ExecutionPlan:
@@ -93,8 +104,7 @@ class Subject:
 
     @property
     def margin(self) -> Margin:
-        factor = margin_factor(self.scores)
-        return Margin(COLD.static * max(0.0, factor), COLD.dynamic * factor)
+        return COLD.scaled(margin_factor(self.scores))
 
     def choose(self, limit: int) -> Choice:
         kind = NodeKind("limited", 1, os.cpu_count() or 1, 1, limit)
@@ -102,40 +112,32 @@ class Subject:
         assert choice is not None
         return choice
 
-    def limits(self, draw: random.Random) -> int:
-        """Enough for between 4 and 28 rows without recomputation."""
-        rows = draw.uniform(4, 28)
-        kind = NodeKind("large", 1, os.cpu_count() or 1, 1, 1 << 40)
-        plan = next(
-            one.plan
-            for choice in [search(self.job, self.shape, self.footprint, [kind])]
-            if choice is not None
-            for one in [choice.best]
-        ).model_copy(update={"allocator": "tight"})
-        from orchestrator.memory.search import predict_of
-
-        low, high = (predict_of(self.job)(self.footprint, with_micro(plan, micro)).peak_bytes for micro in (4, 28))
-        return int(low + (high - low) * (rows - 4) / 24)
+    def limit(self, draw: random.Random) -> int:
+        """Enough for between 4 and 28 rows without recomputation, as far as anybody knows."""
+        first = self.choose(1 << 40).best.plan.model_copy(update={"allocator": "tight"})
+        told_of = predict_of(self.job)
+        low, high = (told_of(self.footprint, with_micro(first, micro), True).peak_bytes for micro in (4, 28))
+        return int(draw.uniform(low, high))
 
 
-def brute_force(subject: Subject, plan: ExecutionPlan, limit: int, most: int) -> int:
-    """The largest micro-batch that runs, of those from the plan's on."""
-    low, high = plan.micro_batch_size, most + 1  # low runs; high does not, or is not asked for
-    step = 1
-    while low + step < high:
-        if fits(subject.job, with_micro(plan, low + step), limit, subject.folder) is None:
-            high = low + step
+def brute_force(subject: Subject, plan: ExecutionPlan, limit: int) -> int:
+    """The largest micro-batch that runs, of those from the plan's on: the kernel is asked about each that matters."""
+    low, high = plan.micro_batch_size, ROWS + 1  # low runs; high does not, or is not asked for
+    told_of = predict_of(subject.job)
+    expected = [
+        m for m in range(low, high) if told_of(subject.footprint, with_micro(plan, m), True).peak_bytes <= limit
+    ]
+    guess = max([low + 1, *expected])
+    while high - low > 1:
+        tried = min(max(guess, low + 1), high - 1)
+        if fits(subject.job, with_micro(plan, tried), limit, subject.folder) is None:
+            high, guess = tried, tried - 1
         else:
-            low += step
-            step *= 2
-            continue
-        step = max(1, (high - low) // 2)
-        if high - low == 1:
-            break
+            low, guess = tried, tried + 1
     return low
 
 
-def row_of(subject: Subject, limit: int, most: int) -> dict[str, Any]:
+def row_of(subject: Subject, limit: int) -> dict[str, Any]:
     learned = len(subject.scores) >= LEARNED_AFTER
     choice = subject.choose(limit)
     plan = choice.best.plan
@@ -149,10 +151,11 @@ def row_of(subject: Subject, limit: int, most: int) -> dict[str, Any]:
     peak = fits(subject.job, plan, limit, subject.folder)
     row["ran_out"] = peak is None
     if peak is not None:
-        cold = needed(choice.best.predicted, plan, COLD)
-        said = needed(choice.best.predicted, plan, Margin(0.0, 0.0))
-        subject.scores.append(Score(predicted_bytes=said.host, margin_bytes=cold.host - said.host, measured_bytes=peak))
-        row["brute_force"] = brute_force(subject, plan, limit, most)
+        best = choice.best
+        score = Score(predicted_bytes=best.bare, margin_bytes=best.cold_margin, measured_bytes=peak)
+        subject.scores.append(score)
+        row |= {"measured": peak, "predicted": best.bare}
+        row["brute_force"] = brute_force(subject, plan, limit)
         row["share"] = plan.micro_batch_size / row["brute_force"]
     return row
 
@@ -169,8 +172,8 @@ def main() -> None:
     try:
         subjects = [Subject(case, folder) for case in CASES]
         for number in range(arguments.limits):
-            subject = subjects[number % len(subjects)]
-            rows.append(row_of(subject, subject.limits(draw), 32))
+            subject = subjects[number * len(subjects) // arguments.limits]
+            rows.append(row_of(subject, subject.limit(draw)))
             print(json.dumps(rows[-1]), flush=True)
     finally:
         shutil.rmtree(folder)
@@ -183,7 +186,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     learned = [row["share"] for row in ran if row["learned"] and "share" in row]
     return {
         "limits": len(rows), "planned": len(ran), "ran_out": sum(row["ran_out"] for row in ran),
-        "share_cold_min": round(min(cold), 3) if cold else None, "share_cold_mean": round(mean(cold), 3) if cold else None,
+        "share_cold_min": round(min(cold), 3) if cold else None,
+        "share_cold_mean": round(mean(cold), 3) if cold else None,
         "share_learned_min": round(min(learned), 3) if learned else None,
         "share_learned_mean": round(mean(learned), 3) if learned else None, "learned": len(learned),
     }  # fmt: skip

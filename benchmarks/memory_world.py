@@ -89,8 +89,8 @@ def write_model(shape: Shape, directory: Path, hidden: int = 512, layers: int = 
     model: Any
     if shape == "bert":
         model = BertModel(BertConfig(
-            vocab_size=size, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=8, intermediate_size=4 * hidden,
-            max_position_embeddings=512, pad_token_id=0,
+            vocab_size=size, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=8,
+            intermediate_size=4 * hidden, max_position_embeddings=512, pad_token_id=0,
         ))  # fmt: skip
     elif shape == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(
@@ -151,7 +151,7 @@ def write_job(case: Case, folder: Path, *, planned: bool = False) -> Path:
     if planned:
         job["strategy"] = "auto"
         job["resources"] = {"num_processes": case.world_size}
-        job["checkpoint"] = {"every_steps": 1000}
+        job["train"]["max_steps"] = 2
         for choice in ("micro_batch_size", "loss_mode", "activation_checkpointing"):
             job["train"].pop(choice, None)
     path = folder / f"{'planned' if planned else 'job'}-{abs(hash(case))}.yaml"

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import bisect
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from launch.config import LossMode, Precision
 from launch.contract import ExecutionPlan, Record
 
 Source = Literal["traced", "analytic"]
 
+# A footprint may come from a peer. With numbers in these bounds, whatever is worked out from it is a number, too.
+Count = Annotated[int, Field(ge=0, le=1 << 60)]
+Finite = Annotated[float, Field(ge=-1e21, le=1e21, allow_inf_nan=False)]
+
 
 class Line(Record):
     """Bytes as a line over the rows of a micro-batch."""
 
-    base: float
-    per_row: float
+    base: Finite
+    per_row: Finite
 
     def at(self, rows: int) -> float:
         return self.base + self.per_row * rows
@@ -26,8 +30,14 @@ class Line(Record):
 class Curve(Record):
     """Bytes at some micro-batches, by rows in ascending order; linear between them and after the last two."""
 
-    rows: tuple[int, ...] = Field(min_length=2)
-    bytes: tuple[float, ...] = Field(min_length=2)
+    rows: tuple[Count, ...] = Field(min_length=2)
+    bytes: tuple[Finite, ...] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _is_a_curve(self) -> Curve:
+        if len(self.bytes) != len(self.rows) or list(self.rows) != sorted(set(self.rows)):
+            raise ValueError("a curve has as many bytes as rows, and the rows ascend")
+        return self
 
     def at(self, rows: int) -> float:
         after = min(max(bisect.bisect_left(self.rows, rows), 1), len(self.rows) - 1)
@@ -67,25 +77,25 @@ class Footprint(Record):
     source: Source
     reason: str | None = None
     """Why it is not traced, where that failed."""
-    length: int
+    length: Count
     """Tokens a row: the longest that can come."""
-    parameters: int
+    parameters: Count
     """Elements, each shared weight once."""
-    trainable: int
-    buffers_bytes: int = 0
-    step_bytes: int = 0
+    trainable: Count
+    buffers_bytes: Count = 0
+    step_bytes: Count = 0
     """Temporary tensors of the optimizer's step, where one process takes it."""
-    moments_bytes: int
+    moments_bytes: Count
     """What the optimizer remembers of all trainable weights: AdamW 8 bytes an element (Kingma & Ba 2015)."""
-    small: int = 0
+    small: Count = 0
     """Elements of the parameters that ZeRO-3 keeps whole on every rank."""
-    largest: int = 0
+    largest: Count = 0
     """Elements of the module that ZeRO-3 gathers the most for at once: one that has parameters of its own."""
-    runtime_bytes: int | None = None
+    runtime_bytes: Count | None = None
     """cpu: resident set of a process that has imported all that training does, in bytes; null if not measured."""
-    code_bytes: int = 0
+    code_bytes: Count = 0
     """cpu: of runtime_bytes, pages of files, libraries above all: processes share them, and the kernel can drop them."""
-    vocabulary: int = 0
+    vocabulary: Count = 0
     passes: tuple[Passes, ...] = Field(min_length=1)
 
     def of(self, plan: ExecutionPlan) -> Passes | None:

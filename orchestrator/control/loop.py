@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import structlog
@@ -14,6 +14,7 @@ import structlog
 from launch.contract import Device, Origin, RunContract, checkpoints_of_job, dumps
 from launch.footprint_record import Footprint
 from orchestrator.cluster.model import Node
+from orchestrator.cluster.spec import NodeKind
 from orchestrator.control.actions import (
     Action,
     EndAttempt,
@@ -34,7 +35,7 @@ from orchestrator.errors import ConflictError, ExecutorError, LeaseLostError, St
 from orchestrator.execute.protocol import Executor
 from orchestrator.execute.tracing import Tracer
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
-from orchestrator.job.spec import FromEnvironment, TrainingJob
+from orchestrator.job.spec import AnyJob, FromEnvironment, TrainingJob
 from orchestrator.memory.alike import key_of
 from orchestrator.memory.options import factors_of, kinds_of
 from orchestrator.memory.sizing import Sizing
@@ -152,7 +153,7 @@ class Controller:
             if found is None or not (found.tight or found.misfit):
                 continue
             sizing, spec = Sizing.model_validate_json(job.sizing), job.job
-            device: Device = found.options[0].device if found.options else "cpu"
+            device = found.options[0].device if found.options else _device_of(spec, kinds or ())
             known = sizing.on(device)
             if known.source == "traced" or known.reason is not None or not isinstance(spec, TrainingJob):
                 continue
@@ -294,6 +295,11 @@ class Controller:
             mtbf_s=mtbf_s,
             origin=row.origin or Origin(),
         )
+
+
+def _device_of(job: AnyJob, kinds: Iterable[NodeKind]) -> Device:
+    """Where a job would run, if it fitted."""
+    return "cuda" if any(kind.gpu and kind.takes(job.resources.accelerator) for kind in kinds) else "cpu"
 
 
 def job_dir(root: Path, job_id: str) -> Path:

@@ -28,12 +28,10 @@ class Tracer:
 
     def ask(self, job_id: str, spec: TrainSpec, device: Device) -> Footprint | str | None:
         """The footprint, or why there is none; None while it is not known yet."""
-        if job_id in self._found:
-            return self._found[job_id]
-        if self._running is None:
+        if self._running is not None:
+            self._look()  # whoever asks: the job that is being traced may have been cancelled, and asks no more
+        if self._running is None and job_id not in self._found:
             self._start(job_id, spec, device)
-        elif self._running[0] == job_id:
-            self._look()
         return self._found.get(job_id)
 
     def forget(self, job_id: str) -> None:

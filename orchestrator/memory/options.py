@@ -17,6 +17,8 @@ from orchestrator.memory.search import COLD, NONE, Candidate, Margin, candidates
 from orchestrator.memory.sizing import Sizing
 
 DEVICES: tuple[Device, ...] = ("cuda", "cpu")
+ALIKE = 0.95
+"""Nodes with as much of each other's memory are alike: the same machines report a little more or less."""
 TIGHT = 0.6
 """Of its place: a job that needs more is worth tracing before it starts."""
 
@@ -41,15 +43,33 @@ class Ways:
 
 
 def kinds_of(nodes: Iterable[Node]) -> tuple[NodeKind, ...] | None:
-    """Nodes that are alike, together; None where one does not tell its memory: then nobody knows what fits."""
-    counts: dict[NodeKind, int] = {}
+    """Nodes that are alike, together, with the memory of the smallest; None where one does not tell its memory: then
+    nobody knows what fits."""
+    kinds = []
     for node in nodes:
+        if not node.gpus and not node.cpu_slots:
+            continue
         if node.memory_bytes is None or any(gpu.memory_bytes is None for gpu in node.gpus):
             return None
         found = kind_of(node)
-        kind = replace(found, name=found.gpu.name if found.gpu is not None else "cpu")
-        counts[kind] = counts.get(kind, 0) + 1
-    return tuple(replace(kind, count=count) for kind, count in counts.items())
+        kinds.append(replace(found, name=found.gpu.name if found.gpu is not None else "cpu"))
+    together: list[NodeKind] = []
+    for kind in sorted(kinds, key=lambda one: (one.memory_bytes, one.gpu_memory_bytes)):
+        at = next((at for at, one in enumerate(together) if _alike(one, kind)), None)
+        if at is None:
+            together.append(kind)
+        else:
+            least = min(together[at].gpu_memory_bytes, kind.gpu_memory_bytes)
+            together[at] = replace(together[at], count=together[at].count + 1, gpu_memory_bytes=least)
+    return tuple(together)
+
+
+def _alike(few: NodeKind, more: NodeKind) -> bool:
+    """Whether two kinds differ in little but their number; `few` has no more host memory than `more`."""
+    memories = sorted((few.gpu_memory_bytes, more.gpu_memory_bytes))
+    near = few.memory_bytes >= ALIKE * more.memory_bytes and memories[0] >= ALIKE * memories[1]
+    same = replace(more, count=few.count, memory_bytes=few.memory_bytes, gpu_memory_bytes=few.gpu_memory_bytes)
+    return near and same == few
 
 
 Like = tuple[str, EngineName, Allocator]
@@ -79,20 +99,25 @@ def ways(
     kinds: tuple[NodeKind, ...],
     factors: Factors = (),
     relief: str | None = None,
-) -> Ways:
-    """How `job` may run on `kinds`; job, Sizing and Relief as JSON, so that an answer can be remembered."""
+) -> Ways | None:
+    """How `job` may run on `kinds`; job, Sizing and Relief as JSON, so that an answer can be remembered.
+
+    None where no kind of node alone takes such a gang: what it needs on nodes that differ, nobody knows.
+    """
     spec = parse_job(job)
     assert isinstance(spec, TrainingJob)
     known, limits = Sizing.model_validate_json(sizing), Relief.model_validate_json(relief) if relief else NOTHING
     learned = {like: COLD.scaled(factor) for like, factor in factors}
     found = _found(spec, known, kinds, learned)
+    if not found:
+        return None
     fitting = [one for one in found if one.fits]
     if not fitting:
         # What the job file fixes is run if it fits as predicted; with nothing to spare, the ladder is there.
         fitting = [one for one in _found(spec, known, kinds, None) if one.fits]
     if not fitting:
-        least = min(found, key=lambda one: one.excess, default=None)
-        return Ways((), None if least is None else f"does not fit: the plan that misses by least {missing(least)}")
+        least = min(found, key=lambda one: one.excess)
+        return Ways((), f"does not fit: the plan that misses by least {missing(least)}")
     best: dict[tuple[NodeKind, int], Candidate] = {}
     for one in sorted(fitting, key=lambda one: one.rank):
         best.setdefault((one.kind, one.plan.world_size), one)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from launch.config import TrainSpec
 from launch.contract import ExecutionPlan
-from launch.footprint_record import Footprint
+from launch.footprint_record import Count, Finite, Footprint
 from launch.shape import ModelShape
 from orchestrator.cluster.spec import NodeKind
 
@@ -49,11 +49,11 @@ class StepTime:
 class Work:
     """What a model has to do for one token, and how much there is to send; operations and elements."""
 
-    forward: float
-    backward: float
-    parameters: int
-    trainable: int
-    layers: int
+    forward: Finite
+    backward: Finite
+    parameters: Count
+    trainable: Count
+    layers: Count
 
 
 def work_of(shape: ModelShape | None, spec: TrainSpec, footprint: Footprint) -> Work:
