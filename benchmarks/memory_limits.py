@@ -33,7 +33,7 @@ from launch.shape import ModelShape, read_shape
 from orchestrator.cluster.spec import NodeKind
 from orchestrator.job.spec import TrainingJob, load_job
 from orchestrator.memory.calibrate import Score, margin_factor
-from orchestrator.memory.search import COLD, Choice, Margin, predict_of, search
+from orchestrator.memory.search import COLD, NONE, Choice, Margin, needed, predict_of, search
 from tests.victims import ENV_CGROUP
 from tests.worlds import a_contract
 
@@ -113,10 +113,12 @@ class Subject:
         return choice
 
     def limit(self, draw: random.Random) -> int:
-        """Enough for between 4 and 28 rows without recomputation, as far as anybody knows."""
+        """Enough for between 10 and 30 rows without recomputation, as far as anybody knows."""
         first = self.choose(1 << 40).best.plan.model_copy(update={"allocator": "tight"})
         told_of = predict_of(self.job)
-        low, high = (told_of(self.footprint, with_micro(first, micro), True).peak_bytes for micro in (4, 28))
+        low, high = (
+            needed(told_of(self.footprint, with_micro(first, micro), True), first, NONE).host for micro in (10, 30)
+        )
         return int(draw.uniform(low, high))
 
 
@@ -125,7 +127,9 @@ def brute_force(subject: Subject, plan: ExecutionPlan, limit: int) -> int:
     low, high = plan.micro_batch_size, ROWS + 1  # low runs; high does not, or is not asked for
     told_of = predict_of(subject.job)
     expected = [
-        m for m in range(low, high) if told_of(subject.footprint, with_micro(plan, m), True).peak_bytes <= limit
+        micro
+        for micro in range(low, high)
+        if needed(told_of(subject.footprint, with_micro(plan, micro), True), plan, NONE).host <= limit
     ]
     guess = max([low + 1, *expected])
     while high - low > 1:

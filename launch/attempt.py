@@ -110,9 +110,9 @@ def told_to_torch(environment: Mapping[str, str]) -> dict[str, str]:
 
 def expands_segments(settings: str) -> bool | None:
     """What settings of torch's allocator say of expandable segments; None if nothing."""
-    said = dict(pair.strip().partition(":")[::2] for pair in settings.split(","))
+    said = dict(pair.partition(":")[::2] for pair in "".join(settings.split()).split(","))
     value = said.get("expandable_segments")
-    return None if value is None else value.strip() == "True"
+    return None if value is None else value == "True"
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -21,6 +21,7 @@ from launch.optimisation import WHOLE_WEIGHTS, EarlyStopping, LossMode, Metric, 
 from launch.section import Section
 
 __all__ = [
+    "WHOLE_WEIGHTS",
     "AdapterSpec",
     "CheckpointSpec",
     "DataSpec",

@@ -49,9 +49,9 @@ class OptimSpec(Section):
     eval_batch_size: int | None = Field(None, ge=1)
     """Rows per forward pass at evaluation; null takes twice the micro-batch."""
     optimizer: Optimizer = "adamw"
-    """adafactor keeps one number a row and column of a matrix instead of two a weight; lion keeps one a weight and wants
-    about a tenth of AdamW's learning rate; adamw-8bit and lion-8bit are bitsandbytes', which keep what they keep in a
-    byte a number. adafactor and the 8-bit ones run on single and ddp alone."""
+    """adafactor keeps one number a row and column of a matrix instead of two a weight; lion one a weight, and wants
+    about a tenth of AdamW's learning rate; adamw-8bit and lion-8bit (bitsandbytes) keep theirs in a byte each.
+    adafactor and the 8-bit ones run on single and ddp alone."""
     learning_rate: float = Field(5e-5, gt=0)
     """The peak, after the warm-up."""
     schedule: Schedule = "linear"

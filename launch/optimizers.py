@@ -58,10 +58,13 @@ def _in_8_bits(
     manager = GlobalOptimManager.get_instance()
     for weight in embeddings:
         manager.override_config(weight, "optim_bits", 32)
+    made: torch.optim.Optimizer
     if optim.optimizer == "lion-8bit":
-        return Lion8bit(groups, lr=optim.learning_rate, betas=(optim.lion_beta1, optim.lion_beta2))
-    betas = (optim.adam_beta1, optim.adam_beta2)
-    return AdamW8bit(groups, lr=optim.learning_rate, betas=betas, eps=optim.adam_epsilon)
+        made = Lion8bit(groups, lr=optim.learning_rate, betas=(optim.lion_beta1, optim.lion_beta2))
+    else:
+        betas = (optim.adam_beta1, optim.adam_beta2)
+        made = AdamW8bit(groups, lr=optim.learning_rate, betas=betas, eps=optim.adam_epsilon)
+    return made
 
 
 class Lion(torch.optim.Optimizer):

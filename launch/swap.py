@@ -1,5 +1,4 @@
-"""A rank's folder on its node's disk, for state that DeepSpeed keeps there (ZeRO-Infinity). Torch-free until it is asked
-for.
+"""A rank's folder on its node's disk, for state that DeepSpeed keeps there (ZeRO-Infinity). Torch-free to import.
 
 Nothing in it outlives the rank: a job goes on from its checkpoints. A rank removes its folder when it ends; those of
 ranks that were killed are removed by the next that comes to the same directory, which knows them by their lock: the
@@ -73,7 +72,7 @@ def _sweep(directory: Path) -> None:
 
 
 def _check_operation() -> None:
-    """Load DeepSpeed's asynchronous I/O, which is compiled at its first use on a machine, unless the installation has it.
+    """Load DeepSpeed's asynchronous I/O, which a machine compiles at its first use, unless the installation has it.
 
     Raises:
         SpecError: it cannot be.
@@ -101,7 +100,7 @@ def _check_operation() -> None:
 
 @contextlib.contextmanager
 def _compiling_alone() -> Iterator[None]:
-    """Torch marks a compilation by a file, and one that was killed leaves it: whoever comes next would wait for good."""
+    """Torch marks a compilation by a file. One that was killed leaves it, and who comes next would wait for good."""
     from torch.utils.cpp_extension import _get_build_directory
 
     folders = [Path(_get_build_directory(name, verbose=False)) for name in OPERATIONS]

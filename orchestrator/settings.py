@@ -30,6 +30,9 @@ class Settings(BaseSettings):
     """The API's token; unset makes one and keeps it in `home`, readable by its owner alone."""
     cpu_slots: int | None = Field(None, ge=1)
     """Ranks that one node without GPUs takes at a time; unset means its cores, and at least 4."""
+    memory_gb: float | None = Field(None, gt=0)
+    """Host memory that ranks on this machine may have together, in 10^9 bytes; unset means nine tenths of it, or what
+    the cgroup around the yard allows."""
     standbys: int = Field(1, ge=0)
     """Processes that each node keeps with their imports done, so that an attempt starts seconds sooner. Each holds some
     hundred megabytes (`tuneyard nodes` shows it); 0 keeps none."""

@@ -189,7 +189,7 @@ def _start_ray(settings: Settings, record: YardRecord, nodes: int) -> YardRecord
     # Unix sockets have short names: Ray's directory cannot lie deep.
     folder = Path(tempfile.mkdtemp(prefix="tuneyard-"))
     cores = os.cpu_count() or 1
-    slots, memory = cpu_slots(cores, settings.cpu_slots), host_memory() // nodes
+    slots, memory = cpu_slots(cores, settings.cpu_slots), host_memory(settings.memory_gb) // nodes
     common = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
         f"--num-cpus={slots}", f"--object-store-memory={OBJECT_STORE_BYTES}",

@@ -1,7 +1,7 @@
-"""State that ZeRO-3 keeps in files between steps (ZeRO-Infinity): the files as tensors, and a sub-group of it in memory.
+"""State that ZeRO-3 keeps in files between steps (ZeRO-Infinity): the files as tensors, and a part of it in memory.
 
-DeepSpeed reads and writes the files past the kernel's cache, maps are in it. The kernel writes back what was changed
-before such a read, and forgets what was cached after such a write; what was loaded is synced all the same.
+DeepSpeed reads and writes the files past the kernel's cache, and maps of them are in it: what was written to a map is
+synced before DeepSpeed reads, and after it has written the kernel forgets what it had cached.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def run(
     job, document = read_job(file, set_)
     sizing = read_sizing(job)
     settings = Settings()
-    executor = LocalExecutor(settings.cpu_slots, owned=True)
+    executor = LocalExecutor(settings.cpu_slots, owned=True, memory_gb=settings.memory_gb)
     nodes = tuple(executor.nodes())
     with told_where(document):
         check_possible(Snapshot(nodes=nodes), waiting("run", 0, job, sizing=sizing, nodes=nodes))

@@ -51,10 +51,14 @@ class LocalExecutor:
         slots: ranks it takes on CPU; None means its cores, and at least 4.
         owned: attempts end when this process does (an embedded `run`) instead of outliving it.
         standbys: agents that are kept with a standby for the next attempts.
+        memory_gb: host memory that ranks may have together, in 10^9 bytes; None means what execute.memory finds.
     """
 
-    def __init__(self, slots: int | None = None, *, owned: bool = False, standbys: int = 0) -> None:
+    def __init__(
+        self, slots: int | None = None, *, owned: bool = False, standbys: int = 0, memory_gb: float | None = None
+    ) -> None:
         self._slots = slots
+        self._memory_gb = memory_gb
         self._owned = owned
         self._children: list[subprocess.Popen[bytes]] = []
         self._standbys = standbys
@@ -72,7 +76,7 @@ class LocalExecutor:
                 address="127.0.0.1",
                 cores=cores,
                 cpu_slots=cpu_slots(cores, self._slots),
-                memory_bytes=host_memory(),
+                memory_bytes=host_memory(self._memory_gb),
                 gpus=local_gpus(),
             )
         ]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-from launch.config import LossMode, Offload
+from launch.config import WHOLE_WEIGHTS, LossMode, Offload
 from launch.contract import Allocator, EngineName, ExecutionPlan, Record
 from orchestrator.job.spec import AnyJob, TrainingJob
 
@@ -40,7 +40,7 @@ FIELDS = {
     Rung.CHUNKED_LOSS: ("loss",),
     Rung.CHECKPOINTING: ("activation_checkpointing",),
     Rung.STAGE: ("engine",),
-    Rung.OFFLOAD_ALL: ("offload",),
+    Rung.OFFLOAD_ALL: ("offload", "offload_path"),
 }
 """What of a plan each rung changes."""
 
@@ -85,7 +85,7 @@ def eased(job: AnyJob, plan: ExecutionPlan, relief: Relief) -> ExecutionPlan:
 
     Strategy and micro-batch are speed and memory alone, so a job file that names them says where to begin. What it says
     of checkpointing, loss mode and offload is kept. ZeRO is no help to a single process, except that offload needs it;
-    on a CPU there is nowhere to offload to; Adafactor cannot run on ZeRO.
+    on a CPU there is nowhere to offload to; some optimizers cannot run on ZeRO.
     """
     if not isinstance(job, TrainingJob):
         return plan
@@ -100,14 +100,15 @@ def eased(job: AnyJob, plan: ExecutionPlan, relief: Relief) -> ExecutionPlan:
         changes["loss"] = relief.loss
     if relief.activation_checkpointing and job.train.activation_checkpointing is None:
         changes["activation_checkpointing"] = True
-    if job.train.optimizer != "adafactor":
+    if job.train.optimizer not in WHOLE_WEIGHTS:
         offload = relief.offload if plan.device == "cuda" and job.offload is None else "none"
         offload = max(plan.offload, offload, key=OFFLOADS.index)
         stage = max(plan.zero_stage, relief.min_stage if plan.world_size > 1 else 0)
         if offload != plan.offload:
-            stage = max(stage, 3 if offload == "all" else 2)
+            stage = max(stage, 3 if offload == "all" or job.offload_path else 2)
         if stage > 0:
-            changes |= {"engine": cast(EngineName, f"zero{stage}"), "offload": offload}
+            path = job.offload_path if offload != "none" else None
+            changes |= {"engine": cast(EngineName, f"zero{stage}"), "offload": offload, "offload_path": path}
     return plan.model_copy(update=changes)
 
 
@@ -206,7 +207,7 @@ def would_help(job: AnyJob, ran: ExecutionPlan) -> str:
     if job.offload is not None and job.offload != "all" and ran.device == "cuda":
         kept.append(f"offload: {job.offload}")
     ways = [f"remove `{one}`, which is kept because the job file says it" for one in kept]
-    if job.train.optimizer == "adafactor":
+    if job.train.optimizer in WHOLE_WEIGHTS:
         ways.append("another optimizer, which ZeRO can shard")
     else:
         ways.append("more processes (resources.num_processes), over which ZeRO-3 shards the state")

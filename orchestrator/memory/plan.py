@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+from launch.config import Offload
 from launch.contract import Device, EngineName, ExecutionPlan
 from orchestrator.job.spec import AnyJob, CommandJob
 from orchestrator.memory.ladder import NOTHING, Relief, eased
@@ -25,6 +26,7 @@ def _first_choice(job: AnyJob, world_size: int, device: Device) -> ExecutionPlan
         )
     rows = -(-job.train.global_batch_size // world_size)
     micro = min(job.train.micro_batch_size or MAX_MICRO_BATCH, rows)
+    offload: Offload = (job.offload or "none") if engine.startswith("zero") else "none"
     return ExecutionPlan(
         engine=engine,
         world_size=world_size,
@@ -32,7 +34,8 @@ def _first_choice(job: AnyJob, world_size: int, device: Device) -> ExecutionPlan
         micro_batch_size=micro,
         gradient_accumulation_steps=-(-rows // micro),
         precision=job.train.precision,
-        offload=(job.offload or "none") if engine.startswith("zero") else "none",
+        offload=offload,
+        offload_path=job.offload_path if offload != "none" else None,
         activation_checkpointing=bool(job.train.activation_checkpointing),
         loss=job.train.loss_mode or "chunked",
     )

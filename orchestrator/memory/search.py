@@ -23,8 +23,6 @@ from orchestrator.memory.speed import StepTime, Work, step_time, work_of
 CPU_FAST = 1.35
 """What malloc holds at most, where it keeps what is freed, of what comes and goes and has been in use at once. (Of a
 GPU's allocator the estimate itself tells.)"""
-CODE_DROPPED = 0.5
-"""Of a process's code, what the kernel can do without where memory is short; other processes share the rest of it."""
 ZERO_MUST_SAVE = 1.25
 """ZeRO is taken where plain training fits only if it is this much faster: there is more that can go wrong, and with
 bf16 it rounds the weights themselves."""
@@ -267,11 +265,15 @@ def room_of(kind: NodeKind, world: int) -> Room:
 
 
 def needed(predicted: Predicted, plan: ExecutionPlan, margin: Margin, *, whole_code: bool = False) -> Room:
-    """What `predicted` comes to with the margin, and with what the allocator holds; `whole_code`: nothing dropped."""
+    """What `predicted` comes to with the margin, and with what the allocator holds.
+
+    Code is left out, unless it is to be `whole_code`: its pages are of files, so that processes share them, and the
+    kernel drops those that are not in use before it kills anybody.
+    """
     held = CPU_FAST if plan.device == "cpu" and plan.allocator == "fast" else 1.0
     host, device = _with_margin(predicted.host, margin, 1.0), _with_margin(predicted.device, margin, held)
     if not whole_code:
-        host -= int(CODE_DROPPED * predicted.host.breakdown.get("code", 0))
+        host -= int(predicted.host.breakdown.get("code", 0) * (1 + margin.static))
     return Room(device, host) if plan.device == "cuda" else Room(device + host, device + host)
 
 

@@ -78,7 +78,7 @@ def _executor(name: str, address: str, settings: Settings) -> Executor:
     if name == "local":
         from orchestrator.execute.local import LocalExecutor
 
-        return LocalExecutor(settings.cpu_slots, standbys=settings.standbys)
+        return LocalExecutor(settings.cpu_slots, standbys=settings.standbys, memory_gb=settings.memory_gb)
     from orchestrator.execute.ray import RayExecutor
 
     return RayExecutor(address, settings.standbys)

@@ -12,7 +12,10 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from launch.attempt import ENV_ALLOCATOR
 from launch.config import OptimSpec
 from launch.contract import ExecutionPlan, NodeShare
 from launch.engine_config import accelerate_config, deepspeed_config, launch_command, launch_environment
@@ -70,6 +73,28 @@ def test_deepspeed_is_told_everything(stage: int, device: str, offload: str, pre
     assert config["zero_force_ds_cpu_optimizer"] is (device == "cuda")
     assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == (precision == "bf16", precision == "fp16")
     assert json.loads(json.dumps(config)) == config
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("offload", ["optimizer", "all"])
+def test_a_disk_is_told_with_its_buffers(device: str, offload: str) -> None:
+    it = plan("zero3", device, 2, offload=offload, offload_path="/disk")
+    config = deepspeed_config(OPTIM, it, "/disk/mine")
+    assert "auto" not in values(config)
+    assert None not in values(config)
+    # As DeepSpeed's own models read it, which refuse what they do not know.
+    zero = DeepSpeedZeroConfig(**config["zero_optimization"])
+    assert zero.offload_optimizer is not None
+    assert zero.offload_param is not None
+    assert (zero.offload_optimizer.device, str(zero.offload_optimizer.nvme_path)) == ("nvme", "/disk/mine")
+    assert zero.offload_optimizer.buffer_count >= 4, "a weight, its gradient and AdamW's moments"
+    assert zero.offload_optimizer.pin_memory is (device == "cuda")
+    assert zero.sub_group_size * zero.offload_optimizer.buffer_count * 4 <= 1 << 30, "bytes of host memory a rank"
+    parameters = ("nvme", "/disk/mine", 0) if offload == "all" else ("none", "None", 1_000_000_000)
+    found = zero.offload_param
+    assert (found.device, str(found.nvme_path), found.max_in_cpu) == parameters
+    assert get_aio_config(config) == config["aio"]
+    assert deepspeed_config(OPTIM, it)["zero_optimization"]["offload_optimizer"]["nvme_path"] == "/disk"
 
 
 def test_an_offloaded_lion_stays_lion() -> None:
@@ -144,3 +169,12 @@ def test_on_gpus_the_ranks_see_theirs_alone(engine: str) -> None:
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert environment["ACCELERATE_USE_CPU"] == "false"
     assert "DS_ACCELERATOR" not in environment
+
+
+def test_a_tight_allocator_is_a_variable_on_gpus_alone() -> None:
+    """On a CPU it is malloc's, which a rank tells by itself: any standby will do."""
+    for device in ("cpu", "cuda"):
+        for allocator in ("fast", "tight"):
+            environment = launch_environment(plan("ddp", device, 2, allocator=allocator), nodes(device, 2)[0])
+            told = environment.get(ENV_ALLOCATOR)
+            assert told == ("tight" if (device, allocator) == ("cuda", "tight") else None)

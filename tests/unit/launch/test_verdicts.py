@@ -52,6 +52,7 @@ def test_the_cpu_allocators_error_is_out_of_memory() -> None:
         {"gradient_accumulation_steps": 2},
         {"precision": "fp32"},
         {"offload": "optimizer"},
+        {"offload_path": "/disk"},
         {"activation_checkpointing": True},
     ],
 )
@@ -62,12 +63,13 @@ def test_every_difference_from_the_plan_is_refused(change: dict[str, object]) ->
         verify(PLAN.model_copy(update=change), PLAN)
 
 
-def test_a_plan_that_would_make_adafactor_something_else_is_refused() -> None:
-    optim = OptimSpec(max_steps=1, optimizer="adafactor")
+@pytest.mark.parametrize("name", ["adafactor", "adamw-8bit", "lion-8bit"])
+def test_a_plan_that_would_make_an_optimizer_something_else_is_refused(name: str) -> None:
+    optim = OptimSpec.model_validate({"max_steps": 1, "optimizer": name})
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     )
-    with pytest.raises(ContractError, match="adafactor needs whole matrices, which zero2"):
+    with pytest.raises(ContractError, match=f"{name} needs whole weights, which zero2"):
         build_engine(Accelerator(cpu=True), model, PLAN, optim)
 
 

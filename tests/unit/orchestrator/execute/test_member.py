@@ -14,11 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.attempt import ENV_RUN_ID, ExitCode, write_atomically
+from launch.attempt import ENV_ALLOCATOR, ENV_RUN_ID, ExitCode, write_atomically
 from launch.contract import RankExit
 from orchestrator.execute.member import LaunchRequest, Member
 from orchestrator.execute.oom import Death, Witness
 from orchestrator.execute.processes import end_all, is_alive, of_run
+from orchestrator.execute.standby import _key as standby_key
 
 # A launcher with one rank in a session of its own, as torchelastic has them.
 LAUNCHER = """
@@ -236,3 +237,17 @@ def test_a_reused_pid_is_another_process() -> None:
     assert is_alive(me.pid, me.create_time())
     assert not is_alive(me.pid, me.create_time() - 100)
     assert not is_alive(2**22 + 1, me.create_time())
+
+
+def test_the_plans_allocator_joins_what_the_node_and_the_job_say(
+    launcher: Path, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    wish = {ENV_ALLOCATOR: "tight"}
+    found = a_member(run_id, launcher, "done", env=wish)._environment()
+    assert found["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64,expandable_segments:True"
+    assert ENV_ALLOCATOR not in found
+    said = {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}
+    assert a_member(run_id, launcher, "done", env={**said, **wish})._environment() == {**found, **said}
+    # A process with torch loaded has read another wish, so it is not the one for this.
+    assert standby_key(found) != standby_key(a_member(run_id, launcher, "done")._environment())

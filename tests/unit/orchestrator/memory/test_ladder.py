@@ -106,10 +106,22 @@ def test_strategy_and_micro_batch_say_where_to_begin() -> None:
     assert [after.engine for rung, after in found if rung == Rung.STAGE] == ["zero3"]
 
 
-def test_adafactor_never_gets_zero() -> None:
-    job = a_training_job(2, train={**BATCH_16, "optimizer": "adafactor"})
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw-8bit", "lion-8bit"])
+def test_what_needs_whole_weights_never_gets_zero(optimizer: str) -> None:
+    job = a_training_job(2, train={**BATCH_16, "optimizer": optimizer})
     assert {after.engine for _, after in climbed(job, 2, "cuda")} == {"ddp"}
     assert "another optimizer" in would_help(job, plan(job, 2, "cuda"))
+
+
+def test_what_is_offloaded_goes_where_the_file_says() -> None:
+    """Which only ZeRO-3 can."""
+    job = a_training_job(2, train=BATCH_16, strategy="zero2").model_copy(update={"offload_path": "/disk"})
+    found = dict(climbed(job, 2, "cuda"))
+    assert found[Rung.STAGE].offload_path is None
+    for rung, offload in ((Rung.OFFLOAD_OPTIMIZER, "optimizer"), (Rung.OFFLOAD_ALL, "all")):
+        assert (found[rung].engine, found[rung].offload, found[rung].offload_path) == ("zero3", offload, "/disk")
+    job = a_training_job(2, train=BATCH_16, strategy="zero3", offload="optimizer", offload_path="/disk")
+    assert (plan(job, 2, "cuda").offload_path, plan(job, 2, "cpu").offload_path) == ("/disk", "/disk")
 
 
 def test_before_the_first_pass_passes_are_left_as_they_are() -> None:
