@@ -9,7 +9,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup examples demo test lint format bench-latency bench-standby bench-train bench-checkpoint chaos clean
+.PHONY: help setup examples demo test lint format bench-latency bench-standby bench-train bench-checkpoint \
+	bench-memory chaos clean
 
 help:
 	@echo "make demo           set up, then fine-tune MiniLM on two processes through a local yard"
@@ -22,6 +23,7 @@ help:
 	@echo "make bench-standby  measure how long an attempt takes to its first step, with a standby and without"
 	@echo "make bench-train    measure training on this CPU beside the textbook's loop, transformers' Trainer and TRL"
 	@echo "make bench-checkpoint  measure what saving and loading a GiB of state costs beside stock ways"
+	@echo "make bench-memory   measure predicted memory beside what trainings really hold, and beside published peaks"
 	@echo "make chaos          kill a rank in 200 saves, damage 1000 checkpoints, and see what the next attempt resumes from"
 	@echo "make clean          remove caches, .venv and the example yard (.tuneyard)"
 
@@ -107,6 +109,10 @@ bench-standby: examples
 
 bench-checkpoint: setup
 	$(BIN)/python -m benchmarks.checkpoint
+
+bench-memory: setup
+	$(BIN)/python -m benchmarks.memory_published
+	$(BIN)/python -m benchmarks.memory
 
 chaos: setup
 	$(BIN)/python -m benchmarks.checkpoint_crash --kills 200 --flips 1000

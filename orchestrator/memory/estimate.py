@@ -52,7 +52,7 @@ class Side(BaseModel):
 
     peak_bytes: int
     moment: str
-    """When that is: load, passes, reduce, step, export."""
+    """When that is: load, passes, later passes (gradients are there), reduce, step, export; steady; of a host."""
     breakdown: dict[str, int]
     """What it consists of at that moment; adds up to peak_bytes."""
 
@@ -76,10 +76,16 @@ Items = dict[str, float]
 
 
 def predict(
-    footprint: Footprint, plan: ExecutionPlan, *, save_buffer: bool = True, keep_best: bool = False
+    footprint: Footprint,
+    plan: ExecutionPlan,
+    *,
+    rows: int | None = None,
+    save_buffer: bool = True,
+    keep_best: bool = False,
 ) -> Predicted:
     """The most that a rank of `plan` will hold: device and host, each at its own worst moment.
 
+    `rows`: of a step and rank, where they are known: the last micro-batch may be smaller than the others.
     `save_buffer`: checkpoints are copied into host memory before they are written; `keep_best`: the best weights, too.
 
     Raises:
@@ -88,7 +94,8 @@ def predict(
     passes = footprint.of(plan)
     if passes is None:
         raise KeyError(f"{plan.precision}, checkpointing {plan.activation_checkpointing}, loss {plan.loss}")
-    rank = _Rank(footprint, plan, passes)
+    later = min(plan.micro_batch_size, rows - plan.micro_batch_size) if rows is not None else plan.micro_batch_size
+    rank = _Rank(footprint, plan, passes, max(1, later))
     host = dict(rank.host_steady())
     if save_buffer:
         host["checkpoint_buffer"] = rank.saved / plan.world_size
@@ -113,6 +120,8 @@ class _Rank:
     footprint: Footprint
     plan: ExecutionPlan
     passes: Passes
+    later_rows: int
+    """Of the second micro-batch, if there is one: it finds gradients there."""
 
     @property
     def stage(self) -> int:
@@ -205,12 +214,15 @@ class _Rank:
             live = min(LIVE_ELEMENTS[self.plan.device], self.footprint.parameters)
             passes["gathered"] = self.width * max(live, self.footprint.largest)
         if self.plan.engine == "single":
-            more = self.plan.gradient_accumulation_steps > 1
-            meanwhile = self.passes.with_gradients.at(rows) - beside
-            passes["gradients"] = self.gradients if more else max(0.0, meanwhile)
-        elif self.stage in (1, 2) and self.plan.gradient_accumulation_steps > 1:
-            passes["gradients"] = self.gradients / (1 if self.stage == 1 else self.shares)
+            passes["gradients"] = max(0.0, self.passes.with_gradients.at(rows) - beside)
         found = {"passes": passes, "step": dict(self._step(state)), "export": dict(self._export(state))}
+        if self.plan.gradient_accumulation_steps > 1 and (self.stage in (1, 2) or self.plan.engine == "single"):
+            at_loss, beside = self.passes.at_loss.at(self.later_rows), self.passes.beside_gradients.at(self.later_rows)
+            found["later passes"] = state | {
+                "activations": min(at_loss, beside),
+                "loss": max(0.0, beside - at_loss),
+                "gradients": self.gradients / (self.shares if self.stage == 2 else 1),
+            }
         if self.stage:
             found["reduce"] = state | self._reducing(rows, beside)
         return found

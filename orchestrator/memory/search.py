@@ -192,7 +192,8 @@ def predict_of(job: TrainingJob) -> Predict:
     """What a rank of `job` will hold, with what the job file has it keep in host memory."""
 
     def told_of(footprint: Footprint, plan: ExecutionPlan, buffer: bool) -> Predicted:
-        return predict(footprint, plan, save_buffer=buffer, keep_best=job.train.keep_best)
+        rows = -(-job.train.global_batch_size // plan.world_size)
+        return predict(footprint, plan, rows=rows, save_buffer=buffer, keep_best=job.train.keep_best)
 
     return told_of
 

@@ -104,7 +104,7 @@ def no_disk() -> str | None:
     return None
 
 
-@pytest.mark.parametrize("offload", ["optimizer", "all"])
+@pytest.mark.parametrize("offload", ["optimizer", pytest.param("all", marks=pytest.mark.slow)])
 def test_state_on_a_disk_goes_on_after_a_stop(world: Path, tmp_path: Path, offload: str) -> None:
     """It is the same training as in memory, which another attempt may go on with."""
     if (reason := no_disk()) is not None:
