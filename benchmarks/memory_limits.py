@@ -103,6 +103,7 @@ class Subject:
         self.shape: ModelShape = read_shape(job.model)
         self.footprint: Footprint = footprint_of(case, folder, planned=True)
         self.scores: list[Score] = []
+        self.more = 0
 
     @property
     def margin(self) -> Margin:
@@ -133,13 +134,15 @@ def brute_force(subject: Subject, plan: ExecutionPlan, limit: int) -> int:
         for micro in range(low, high)
         if needed(told_of(subject.footprint, with_micro(plan, micro), True), plan, NONE).host <= limit
     ]
-    guess = max([low + 1, *expected])
+    fitting = max([low, *expected])
+    guess = fitting + subject.more  # where it was beyond what was expected the last time, it is likely to be again
     while high - low > 1:
         tried = min(max(guess, low + 1), high - 1)
         if fits(subject.job, with_micro(plan, tried), limit, subject.folder) is None:
             high, guess = tried, tried - 1
         else:
             low, guess = tried, tried + 1
+    subject.more = low - fitting
     return low
 
 

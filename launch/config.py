@@ -350,6 +350,6 @@ def load_train_spec(document: Document, *, planned: bool = True) -> TrainSpec:
             ("strategy",),
             "`strategy: auto` is resolved by the planner, which launch does not run",
             code="unresolved-strategy",
-            hint="see the plan with `tuneyard submit --dry-run FILE`, then pass it: --set strategy=ddp",
+            hint="see what it takes with `tuneyard plan FILE`, then pass it: --set strategy=ddp",
         )
     return resolve_paths(spec, (document.path or Path()).resolve().parent)

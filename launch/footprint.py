@@ -67,6 +67,18 @@ class Traced(NamedTuple):
     loss: LossMode
 
 
+class NoMemory(FakeTensorMode):
+    """Tensors that are made inside have shapes and no memory."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> NoMemory:
+        """Itself: a tensor is copied with what it refers to (torch 2.13), and a copy of this, with weak references to
+        storages that are then given back twice, breaks the process's memory. peft copies a head."""
+        return self
+
+
 def footprint(spec: TrainSpec, device: Device = "cpu") -> Footprint:
     """Trace `spec`'s model on `device`: at the longest rows that may come, in every way that a plan may choose.
 
@@ -76,7 +88,7 @@ def footprint(spec: TrainSpec, device: Device = "cpu") -> Footprint:
     import launch.train  # noqa: F401  # all that a rank imports
 
     runtime, code = (resident_bytes(), resident_bytes("RssFile")) if device == "cpu" else (None, 0)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with NoMemory():
         model = traced_model(spec, checkpointing=False, device=device)
         length = longest(spec, model)
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)

@@ -250,9 +250,9 @@ def show(job: TrainingJob, planned: Planned) -> None:
     elif not choice.fits:
         out.print("instead    no change that was tried makes it fit")
     for title, side, room, wanted in _sides(best):
-        out.print(
-            f"\n{title}: {size(side.peak_bytes)}, with margin {size(wanted)} of {size(room)} (worst: {side.moment})"
-        )
+        shared = ", without code, which processes share," if side.breakdown.get("code") else ""
+        counted = f"with margin{shared} {size(wanted)} of {size(room)}"
+        out.print(f"\n{title}: {size(side.peak_bytes)}; {counted} (worst: {side.moment})")
         out.print(bar(side, max(room, wanted)))
         out.print(breakdown(side))
     if choice.others:

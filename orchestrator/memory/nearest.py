@@ -11,7 +11,7 @@ from launch.footprint_record import Footprint
 from launch.shape import ModelShape
 from orchestrator.cluster.spec import NodeKind
 from orchestrator.job.spec import TrainingJob
-from orchestrator.memory.search import COLD, Choice, Margin, Predict, search, told
+from orchestrator.memory.search import Choice, Margin, Predict, search, told
 
 MOST_NODES = 1024
 """Of a kind, when more nodes than there are, are tried."""
@@ -35,7 +35,7 @@ def nearest(
     shape: ModelShape,
     kinds: Sequence[NodeKind],
     footprint_of: Callable[[TrainingJob], Footprint],
-    margin: Margin = COLD,
+    margin: Margin | None = None,
     predict: Predict | None = None,
 ) -> Change | None:
     """The first of the changes that does: what the job file fixes is left to the planner, other nodes and more

@@ -13,7 +13,7 @@ from orchestrator.job.spec import TrainingJob, parse_job
 from orchestrator.memory.alike import Peak
 from orchestrator.memory.calibrate import Score, margin_factor
 from orchestrator.memory.ladder import NOTHING, Relief, eased
-from orchestrator.memory.search import COLD, NONE, Candidate, Margin, candidates, missing, predict_of
+from orchestrator.memory.search import COLD, NONE, Candidate, Margin, candidates, cold, missing, predict_of
 from orchestrator.memory.sizing import Sizing
 
 DEVICES: tuple[Device, ...] = ("cuda", "cpu")
@@ -134,7 +134,9 @@ def _found(
     """With the margins that were learned; without any for None."""
 
     def margin_of(plan: ExecutionPlan) -> Margin:
-        return NONE if learned is None else learned.get((sizing.family, plan.engine, plan.allocator), COLD)
+        if learned is None:
+            return NONE
+        return learned.get((sizing.family, plan.engine, plan.allocator)) or cold(sizing.on(plan.device))
 
     return [
         one

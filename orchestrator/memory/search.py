@@ -49,6 +49,8 @@ class Margin:
 
 COLD = Margin()
 """Before anything has been measured."""
+WIDE = Margin(dynamic=0.20)
+"""The same, where formulas stand in for a trace: their worst cases are further off."""
 NONE = Margin(0.0, 0.0)
 
 STAYS = frozenset(
@@ -153,11 +155,15 @@ def search(
     shape: ModelShape | None,
     footprint: Footprint,
     kinds: Sequence[NodeKind],
-    margin: Margin = COLD,
+    margin: Margin | None = None,
     predict: Predict | None = None,
 ) -> Choice | None:
-    """The best plan of `job` on `kinds`; None where no kind of node takes so many processes of such a job."""
+    """The best plan of `job` on `kinds`; None where no kind of node takes so many processes of such a job.
+
+    Without a `margin`, the one of a footprint of its kind.
+    """
     predict = predict or predict_of(job)
+    margin = margin or cold(footprint)
     work = work_of(shape, job, footprint)
     found = list(candidates(job, work, footprint, kinds, lambda _frame: margin, predict))
     if not found:
@@ -186,6 +192,11 @@ def candidates(
             plan, told_of = _largest(job, footprint, frame, kind, margin, predict)
             seconds = step_time(work, job, footprint, plan, kind)
             yield Candidate(plan, kind, told_of, needed(told_of, plan, margin), room_of(kind, world), seconds)
+
+
+def cold(footprint: Footprint) -> Margin:
+    """The margin while nothing has been learned."""
+    return COLD if footprint.source == "traced" else WIDE
 
 
 def predict_of(job: TrainingJob) -> Predict:

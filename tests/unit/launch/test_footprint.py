@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 import launch.footprint
@@ -23,6 +22,7 @@ from launch.engine_config import BUCKET_ELEMENTS, PERSISTENT_ELEMENTS
 from launch.footprint import (
     DTYPES,
     Mode,
+    NoMemory,
     TracedEngine,
     batch_of,
     convert,
@@ -95,7 +95,9 @@ def ledger_of(spec: TrainSpec, mode: Mode) -> Iterator[tuple[int, ...]]:
         batch = batch_of(spec, rows, LENGTH, "cpu")
         if not spec.data.packing:
             assert batch.attention_mask is not None
-            batch.attention_mask[0, -1] = 0  # else transformers sees that it needs no mask; a trace takes it to need one
+            batch.attention_mask[0, -1] = (
+                0  # else transformers sees that it needs no mask; a trace takes it to need one
+            )
         before = ledger.live
         ledger.forget_peaks()
         with ledger:
@@ -132,11 +134,11 @@ def test_a_trace_is_what_a_real_model_makes(
     spec = a_job(world, kind, train={"precision": precision}, **{k: v for k, v in changes.items() if k != "data"})
     spec = spec.model_copy(update={"data": spec.data.model_copy(update=data)})
     real = list(ledger_of(spec, mode))
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with NoMemory():
         traced = traces(spec, mode, ROWS, LENGTH, "cpu", None)
     for found, expected in zip(traced, real, strict=True):
         assert found.loss == mode.loss
-        assert (found.beside, found.most, found.at_loss) == pytest.approx(expected, rel=0.005)
+        assert (found.beside, found.most, found.at_loss) == pytest.approx(expected, rel=0.005, abs=512)
         assert found.at_loss <= found.beside <= found.most
         assert found.beside <= found.reducing <= found.halving
 
@@ -146,7 +148,7 @@ def test_a_trace_is_what_a_real_model_makes(
 def test_a_model_without_memory_has_the_real_ones_parameters(world: Path, kind: str, changes: dict[str, Any]) -> None:
     spec = a_job(world, kind, **changes)
     real = {name: (weight.shape, weight.requires_grad) for name, weight in built(spec).named_parameters()}
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with NoMemory():
         model = traced_model(spec, checkpointing=False, device="cpu")
         assert {name: (weight.shape, weight.requires_grad) for name, weight in model.named_parameters()} == real
 
@@ -161,13 +163,17 @@ def test_an_optimizer_remembers_what_it_does_really(world: Path, optimizer: str,
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    real.step()
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    ledger = Ledger()
+    for parameter in model.parameters():
+        ledger.ignore(parameter)
+        if parameter.grad is not None:
+            ledger.ignore(parameter.grad)
+    with ledger:
+        real.step()
+    with NoMemory():
         kept, beside = optimizer_bytes(spec, traced_model(spec, checkpointing=False, device="cpu"))
     assert kept == state_bytes(real) > 0
-    largest = max(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    expected = {"adamw": (0, 1000), "lion": (4 * largest, 5 * largest), "adafactor": (4 * largest, 17 * largest)}
-    assert expected[optimizer][0] <= beside <= expected[optimizer][1]
+    assert beside == ledger.most - ledger.live
 
 
 @pytest.fixture(scope="module")
@@ -238,28 +244,31 @@ def test_a_deep_model_is_extrapolated_from_a_few_layers(world: Path, monkeypatch
             assert found == pytest.approx(expected, rel=0.01), (name, rows)
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "launch.footprint", *map(str, arguments)]
-    return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
-
-
 def test_as_a_program_it_ends_with_one_line_of_json(world: Path) -> None:
-    """A job file as a yard takes it: `strategy: auto`, and keys that are not for training."""
+    """A job file as a yard takes it: `strategy: auto`, and keys that are not for training. With an adapter and a head
+    that is trained with it, which has ended in a crash after the last line."""
     job = {
         "name": "job", "strategy": "auto", "resources": {"num_processes": 2}, "priority": 3,
         "model": {"name_or_path": "bert", "task": "sequence-classification"}, "data": {"train": "none.tsv"},
-        "train": {"max_steps": 1, "activation_checkpointing": False},
+        "train": {"max_steps": 1, "activation_checkpointing": False}, "adapter": {"type": "lora"},
     }  # fmt: skip
     (world / "job.yaml").write_text(json.dumps(job))
-    done = run("--config", world / "job.yaml", "--set", "data.max_length=16", "-o", "json")
+    argv = [sys.executable, "-m", "launch.footprint", "--config", str(world / "job.yaml")]
+    argv += ["--set", "data.max_length=16", "-o", "json"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert Footprint.model_validate_json(done.stdout.splitlines()[-1]).length == 16
 
 
-def test_as_a_program_it_takes_a_spec_and_refuses_what_is_no_model(world: Path) -> None:
+def test_as_a_program_it_refuses_what_is_no_model(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     spec = a_job(world, "nowhere", strategy="auto")
     (world / "spec.json").write_text(spec.model_dump_json())
-    done = run("--spec", world / "spec.json")
-    assert done.returncode == ExitCode.USER_ERROR
-    assert done.stdout == ""
-    assert done.stderr.strip().splitlines()[-4:][0].startswith("error[model-not-loaded]"), done.stderr
+    monkeypatch.setattr(sys, "argv", ["launch.footprint", "--spec", str(world / "spec.json")])
+    with pytest.raises(SystemExit) as ended:
+        launch.footprint.main()
+    assert ended.value.code == ExitCode.USER_ERROR
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "error[model-not-loaded]" in told.err
