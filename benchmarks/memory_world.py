@@ -16,7 +16,7 @@ from launch.document import read_document
 from tests.worlds import a_contract, start
 
 Shape = Literal["bert", "gpt2", "llama"]
-STEPS = 3
+STEPS = 6
 
 WORDS = {"bert": 8192, "gpt2": 16384, "llama": 32000}
 

@@ -16,9 +16,9 @@ from launch.contract import Device, ExecutionPlan, NodeShare
 
 BUCKET_ELEMENTS = 20_000_000
 """Gradients reduced at once; ZeRO holds buffers of this size beside the gradients."""
-LIVE_ELEMENTS: dict[Device, int] = {"cuda": 1_000_000_000, "cpu": 0}
-"""ZeRO-3 keeps so much of what it has gathered for the backward pass. On a CPU gathering again costs little, and memory
-is what ZeRO-3 is chosen for there."""
+LIVE_ELEMENTS = 1_000_000_000
+"""ZeRO-3 keeps so much of what it has gathered for the backward pass. (With less, DeepSpeed 0.19 has been seen to fail
+with adapters: "tracing error".)"""
 PERSISTENT_ELEMENTS = 10_000
 """ZeRO-3 keeps smaller parameters whole on every rank: biases and norms are not worth a gather."""
 SUB_GROUP_ELEMENTS = 1_000_000_000
@@ -64,10 +64,10 @@ def deepspeed_config(optim: OptimSpec | None, plan: ExecutionPlan, folder: str |
         zero |= {
             "offload_param": _place(plan, plan.offload == "all", folder),
             "sub_group_size": DISK_SUB_GROUP_ELEMENTS if plan.offload_path else SUB_GROUP_ELEMENTS,
-            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS if plan.device == "cuda" else 0,
+            "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
             "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
-            "stage3_max_live_parameters": LIVE_ELEMENTS[plan.device],
-            "stage3_max_reuse_distance": LIVE_ELEMENTS[plan.device],
+            "stage3_max_live_parameters": LIVE_ELEMENTS,
+            "stage3_max_reuse_distance": LIVE_ELEMENTS,
             "stage3_gather_16bit_weights_on_model_save": False,
         }
         if plan.offload_path and plan.offload == "all":

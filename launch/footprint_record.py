@@ -94,7 +94,7 @@ class Footprint(Record):
     runtime_bytes: Count | None = None
     """cpu: resident set of a process that has imported all that training does, in bytes; null if not measured."""
     code_bytes: Count = 0
-    """cpu: of runtime_bytes, pages of files, libraries above all: processes share them, and the kernel can drop them."""
+    """cpu: of runtime_bytes, pages of files, of libraries above all, which processes share and the kernel can drop."""
     vocabulary: Count = 0
     passes: tuple[Passes, ...] = Field(min_length=1)
 

@@ -168,6 +168,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     of_weight.addmm_(narrow.t(), part)
                 else:
                     of_weight += narrow.t() @ part
+            del logits, gradient, narrow  # before the next ones are made
         # Under ZeRO the weight's gradient has the weight's own type.
         kept = (of_hidden, of_weight, of_bias)
         ctx.save_for_backward(*(None if part is None else part.to(hidden.dtype) for part in kept))

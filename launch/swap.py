@@ -37,9 +37,11 @@ def take_folder(directory: str) -> str:
         Path(directory).mkdir(parents=True, exist_ok=True)
         _sweep(Path(directory))
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory))
+        unnamed = folder / f".{LOCK}"  # until it is locked: another rank may be sweeping
         # Not inherited by what this process starts: the lock is to go with it.
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+        lock = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
+        unnamed.rename(folder / LOCK)
     except OSError as problem:
         raise SpecError(
             f"nothing can be offloaded to {directory}: {problem.strerror}",

@@ -33,14 +33,24 @@ def a_training_job(processes: int = 1, **keys: Any) -> AnyJob:
     return load_job(parse_document(json.dumps(data)))
 
 
-def a_node(name: str = "n0", slots: int = 4, gpus: int = 0, gpu_type: str = "H100", cores: int = 8) -> Node:
+def a_node(
+    name: str = "n0",
+    slots: int = 4,
+    gpus: int = 0,
+    gpu_type: str = "H100",
+    cores: int = 8,
+    memory_gib: float | None = None,
+    gpu_memory_gib: float | None = None,
+) -> Node:
+    gpu_bytes = None if gpu_memory_gib is None else int(gpu_memory_gib * 2**30)
     return Node(
         id=name,
         name=name,
         address=f"10.0.0.{abs(hash(name)) % 250}",
         cores=cores,
         cpu_slots=slots,
-        gpus=tuple(Gpu(index=index, type=gpu_type) for index in range(gpus)),
+        memory_bytes=None if memory_gib is None else int(memory_gib * 2**30),
+        gpus=tuple(Gpu(index=index, type=gpu_type, memory_bytes=gpu_bytes) for index in range(gpus)),
     )
 
 

@@ -20,6 +20,7 @@ from orchestrator.execute.protocol import read_bytes, read_report
 from orchestrator.execute.request import build_request
 from orchestrator.execute.standby import Ordered
 from orchestrator.job.spec import AnyJob
+from orchestrator.memory.alike import Peak, key_of
 from orchestrator.settings import Settings
 from orchestrator.store.rows import AttemptRow, EventRow, JobRow
 from orchestrator.store.store import Store
@@ -42,15 +43,23 @@ class Forks:
 class Here:
     """An executor whose node agents are turns of the test's own loop; ranks run `tests.victims` in place of launch."""
 
-    def __init__(self, nodes: int = 1, **environment: str) -> None:
+    def __init__(self, nodes: int = 1, memory_bytes: int | None = None, **environment: str) -> None:
         self._nodes, self._environment = nodes, {"HF_HUB_OFFLINE": "1", **environment}
+        self._memory_bytes = memory_bytes
         self._members: dict[tuple[str, int], Member] = {}
 
     def nodes(self) -> list[Node]:
         cores = os.cpu_count() or 1
         slots = 4 if self._nodes == 1 else 1
         return [
-            Node(id=f"n{index}", name=f"n{index}", address="127.0.0.1", cores=cores, cpu_slots=slots)
+            Node(
+                id=f"n{index}",
+                name=f"n{index}",
+                address="127.0.0.1",
+                cores=cores,
+                cpu_slots=slots,
+                memory_bytes=self._memory_bytes,
+            )
             for index in range(self._nodes)
         ]
 
@@ -102,7 +111,8 @@ class Ended:
         self.job: JobRow = store.job(job_id)
         self.attempts: list[AttemptRow] = store.attempts(job_id)
         self.events: list[EventRow] = store.events(job_id)
-        self.peaks = store
+        self.peaks: list[Peak] = store.peaks([key_of(self.job.job) or ""])[::-1]
+        """Of jobs like it, oldest first."""
 
     @property
     def losses(self) -> list[float]:
@@ -122,14 +132,23 @@ class Ended:
 
 
 def carried_out(
-    folder: Path, job: AnyJob, *, name: str = "job-1", nodes: int = 1, patience_s: float = 100, **environment: str
+    folder: Path,
+    job: AnyJob,
+    *,
+    name: str = "job-1",
+    nodes: int = 1,
+    patience_s: float = 100,
+    memory_bytes: int | None = None,
+    sizing: str | None = None,
+    **environment: str,
 ) -> Ended:
-    """Run `job` to its end in the yard of `folder`, with more `environment` for its ranks."""
+    """Run `job` to its end in the yard of `folder`, with more `environment` for its ranks. `memory_bytes` is what each
+    node has, where the yard is to know it."""
     settings = Settings(home=folder)
     store = Store(f"sqlite:///{folder / 'yard.db'}")
     store.prepare()
-    controller = Controller(store, Here(nodes, **environment), settings)
-    store.add_job(name, job, time.time())
+    controller = Controller(store, Here(nodes, memory_bytes, **environment), settings)
+    store.add_job(name, job, time.time(), sizing=sizing)
     deadline = time.monotonic() + patience_s
     try:
         while not store.job(name).state.final:

@@ -24,7 +24,7 @@ from launch.objective import objective_of
 from launch.progress import Progress
 from launch.saving import Saving
 from launch.stop import StopWish
-from launch.train import Loop
+from launch.train import Found, Loop
 from launch.witness import agreed_fingerprint
 
 ENV_TASK = "RESHARD"
@@ -61,7 +61,7 @@ class World:
         assert spec is not None
         loop = Loop(
             contract, spec, self.engine, self.objective, self.corpus, self.fingerprint, self.pad, self.progress,
-            StopWish(self.files), saving,
+            StopWish(self.files), saving, Found("whole", "fast", 0),
         )  # fmt: skip
         self.progress.curve.clear()  # of the loop before
         loop.resume()

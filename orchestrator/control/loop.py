@@ -147,7 +147,9 @@ class Controller:
         have not begun. What is found is stored, and so is that nothing was."""
         kinds, waits = kinds_of(nodes), set()
         for job in state.jobs:
-            if job.state != JobState.QUEUED or job.attempts or job.sizing is None or job.cancel_requested:
+            if job.state != JobState.QUEUED or job.attempts or job.sizing is None:
+                continue
+            if job.cancel_requested or job.pause_requested:
                 continue
             found = ways_of(job, kinds, state.factors)
             if found is None or not (found.tight or found.misfit):

@@ -37,8 +37,9 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 """Micro-batches that are worked out; between them a footprint is linear."""
 BATCH_BYTES = 40
 """A token's ids, masks, position and target, in 64-bit numbers."""
-MOMENTS = {"adamw": 2 * FP32, "lion": FP32}
-"""What an optimizer remembers of a weight (Kingma & Ba 2015; Chen et al. 2023)."""
+MOMENTS = {"adamw": 2 * FP32, "lion": FP32, "adamw-8bit": 2 + 2 * FP32 / 256, "lion-8bit": 1 + FP32 / 256}
+"""What an optimizer remembers of a weight (Kingma & Ba 2015; Chen et al. 2023; in 8 bits a byte and a scale for every
+256: Dettmers et al. 2022)."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def moments(parts: Trained, optimizer: str) -> int:
     row and a column."""
     ours = [weight for weight in parts.weights if weight.name in parts.names]
     if optimizer in MOMENTS:
-        return sum(weight.elements for weight in ours) * MOMENTS[optimizer]
+        return round(sum(weight.elements for weight in ours) * MOMENTS[optimizer])
     return FP32 * sum(sum(w.shape) if len(w.shape) > 1 else w.elements for w in ours)
 
 
@@ -318,8 +319,6 @@ def _loss(parts: Parts, count: int) -> _Loss:
     both = e * (count * of.hidden + weight)
     selected = count * of.hidden * (numbers.hidden + (e if numbers.autocast else 0))
     making = (FP32 + narrow) * chunk + narrow * weight
-    if count * parts.width > chunk:  # names of the chunk before hold on to it while the next is made
-        making = max(making, 2 * (FP32 + narrow) * chunk)
     return _Loss(
         forward=selected + cast + e * count * of.hidden + FP32 * weight + making,
         kept=both,

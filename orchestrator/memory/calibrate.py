@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from pydantic import BaseModel, ConfigDict
 
 MISS = 0.1
+NOTHING_LEARNED = 1.0
+"""The factor while attempts are too few."""
 LEAST = -1.0
 """A score below counts as this: rows were shorter than they may be, which the next job's need not be."""
 
@@ -41,4 +43,4 @@ def margin_factor(scores: Iterable[Score], miss: float = MISS) -> float:
     """By what to multiply the cold-start margin; below zero where less was needed than predicted."""
     values = sorted(max(LEAST, score.value) for score in scores)
     place = math.ceil((len(values) + 1) * (1 - miss))
-    return values[place - 1] if place <= len(values) else 1.0
+    return values[place - 1] if place <= len(values) else NOTHING_LEARNED

@@ -180,6 +180,12 @@ class _Rank:
         """A buffer in which gradients are reduced."""
         return self.width * min(BUCKET_ELEMENTS, self.footprint.trainable)
 
+    def gathered(self, reduced: int = 0) -> float:
+        """Of ZeRO-3: what is kept from the forward pass until the backward pass has used it, less the weights of which
+        so many gradients are there already."""
+        live = min(LIVE_ELEMENTS, self.footprint.parameters) - reduced
+        return self.width * max(live, self.footprint.largest)
+
     @property
     def saved(self) -> float:
         """A checkpoint, of all ranks together."""
@@ -211,8 +217,7 @@ class _Rank:
         at_loss, beside = self.passes.at_loss.at(rows), self.passes.beside_gradients.at(rows)
         passes = state | {"activations": min(at_loss, beside), "loss": max(0.0, beside - at_loss)}
         if self.stage == 3:
-            live = min(LIVE_ELEMENTS[self.plan.device], self.footprint.parameters)
-            passes["gathered"] = self.width * max(live, self.footprint.largest)
+            passes["gathered"] = self.gathered()
         if self.plan.engine == "single":
             passes["gradients"] = max(0.0, self.passes.with_gradients.at(rows) - beside)
         found = {"passes": passes, "step": dict(self._step(state)), "export": dict(self._export(state))}
@@ -233,7 +238,7 @@ class _Rank:
         if self.stage == 3:
             # The bucket is there all the time, and so are the gradients; ranks exchange a copy of what is in it.
             comes = none.at(rows) - self.bucket if none is not None else beside - self.bucket
-            gathered = self.width * self.footprint.largest
+            gathered = self.gathered(min(BUCKET_ELEMENTS, self.footprint.trainable))
             return {"activations": max(0.0, comes), "communication": self.bucket, "gathered": gathered}
         if none is None or two is None:
             kept = self.gradients / self.shares

@@ -11,7 +11,7 @@ from orchestrator.cluster.model import Need, Node, Option
 from orchestrator.cluster.spec import NodeKind, kind_of
 from orchestrator.job.spec import TrainingJob, parse_job
 from orchestrator.memory.alike import Peak
-from orchestrator.memory.calibrate import Score, margin_factor
+from orchestrator.memory.calibrate import NOTHING_LEARNED, Score, margin_factor
 from orchestrator.memory.ladder import NOTHING, Relief, eased
 from orchestrator.memory.search import COLD, NONE, Candidate, Margin, candidates, cold, missing, predict_of
 from orchestrator.memory.sizing import Sizing
@@ -79,7 +79,7 @@ Factors = tuple[tuple[Like, float], ...]
 
 
 def factors_of(peaks: Iterable[Peak]) -> Factors:
-    """By which factor margins change, from what attempts have needed."""
+    """By which factor margins change, from what attempts have needed; only where they were enough to tell."""
     scores: dict[Like, list[Score]] = {}
     for peak in peaks:
         if peak.predicted is None:
@@ -89,7 +89,8 @@ def factors_of(peaks: Iterable[Peak]) -> Factors:
         if found:
             score = Score(predicted_bytes=forecast.peak_bytes, margin_bytes=forecast.margin_bytes, measured_bytes=found)
             scores.setdefault((forecast.family, peak.plan.engine, peak.plan.allocator), []).append(score)
-    return tuple(sorted((like, margin_factor(values)) for like, values in scores.items()))
+    factors = ((like, margin_factor(values)) for like, values in scores.items())
+    return tuple(sorted((like, factor) for like, factor in factors if factor != NOTHING_LEARNED))
 
 
 @lru_cache(maxsize=4096)

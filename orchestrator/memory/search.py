@@ -250,7 +250,7 @@ def engines(job: TrainingJob, world: int, kind: NodeKind) -> Iterator[tuple[Engi
     """Strategies with what each may keep in host memory. One rank has nothing to share, and ZeRO only to offload."""
     if job.strategy == "auto":
         plain: EngineName = "single" if world == 1 else "ddp"
-        names = [plain] if job.train.optimizer == "adafactor" else [plain, *ORDER[2:]]
+        names = [plain] if job.train.optimizer in WHOLE_WEIGHTS else [plain, *ORDER[2:]]
     elif job.strategy in ("single", "ddp"):
         names = ["single" if world == 1 else "ddp"]
     else:

@@ -74,7 +74,7 @@ attempts = Table(
     Column("last_contact", Float, nullable=False),  # when its agents last answered
     Column("stop", JSON, nullable=True),  # StopRequest that was sent
     Column("outcome", String(20), nullable=True),
-    Column("predicted", JSON, nullable=True),  # memory.options.Forecast
+    Column("predicted", JSON(none_as_null=True), nullable=True),  # memory.options.Forecast
     Column("progress", JSON, nullable=True),  # newest ProgressLine of rank 0
     # Bytes of rank 0's progress whose checkpoints are events.
     Column("progress_offset", BigInteger, nullable=False, server_default="0"),
@@ -102,7 +102,7 @@ peaks = Table(
     Column("device_kind", String(63), nullable=False),  # cpu, or a type of GPU
     Column("world_size", Integer, nullable=False),
     Column("plan", JSON, nullable=False),
-    Column("predicted", JSON, nullable=True),
+    Column("predicted", JSON(none_as_null=True), nullable=True),
     Column("measured_bytes", BigInteger, nullable=True),
     Column("limit_bytes", BigInteger, nullable=True),
     Column("ran_out", Boolean, nullable=False),

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from launch.host import cores_of_rank
+from launch.host import cores_of_rank, resident_bytes
 
 
 def test_ranks_that_fill_a_node_divide_its_cores() -> None:
@@ -47,3 +47,36 @@ def test_a_process_takes_its_share(threads: int) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([sys.executable, "-c", PROBE], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+HELD = """
+import sys, torch
+from launch.host import resident_bytes, take_share
+assert take_share("cpu", sys.argv[1]).allocator == sys.argv[1]
+torch.zeros(1 << 20)
+before = resident_bytes()
+blocks = [torch.ones(1 << 18) for _ in range(64)]  # of a MiB each
+most = resident_bytes()
+del blocks
+print(most - before, resident_bytes() - before)
+"""
+
+
+@pytest.mark.parametrize("allocator", ["fast", "tight"])
+def test_an_allocator_keeps_what_is_freed_or_gives_it_back(allocator: str) -> None:
+    done = subprocess.run([sys.executable, "-c", HELD, allocator], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    used, left = (int(number) >> 20 for number in done.stdout.split()[-2:])
+    assert 48 <= used <= 80  # a heap may have had some of it
+    assert left >= 48 if allocator == "fast" else left <= 8
+
+
+def test_resident_bytes_are_bytes() -> None:
+    before = resident_bytes()
+    block = bytearray(b"x") * (64 << 20)
+    grown = resident_bytes() - before
+    assert 60 << 20 <= grown <= 80 << 20
+    assert resident_bytes("VmHWM") >= before + len(block) // 2
+    assert 0 < resident_bytes("RssFile") < resident_bytes()
+    with pytest.raises(AssertionError):
+        resident_bytes("VmNone")

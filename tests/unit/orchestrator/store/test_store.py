@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from launch.contract import CheckpointNote, ProgressLine, RunContract, StopRequest, dumps
+from launch.contract import CheckpointNote, ProgressLine, RunContract, StopRequest
 from orchestrator.cluster.model import Placement, Snapshot
 from orchestrator.errors import (
     ConflictError,
@@ -26,44 +25,14 @@ from orchestrator.errors import (
 )
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
 from orchestrator.job.spec import dump_job
-from orchestrator.memory.alike import Peak
-from orchestrator.memory.ladder import Relief, Rung, Taken
 from orchestrator.memory.plan import plan
 from orchestrator.schedule.place import place
 from orchestrator.store import migrate, schema
 from orchestrator.store.rows import Lease
 from orchestrator.store.store import Store
-from tests import postgres
-from tests.builders import a_command_job, a_node, a_training_job
+from tests.builders import a_command_job, a_node
 
 WHY = Reason(code=ReasonCode.STARTING, sentence="because")
-
-
-@pytest.fixture(scope="module")
-def server_url() -> Iterator[str]:
-    with postgres.server() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'yard.db'}"
-    url: str = request.getfixturevalue("server_url")
-    engine = sa.create_engine(url)
-    with engine.begin() as connection:
-        connection.execute(sa.text("DROP SCHEMA public CASCADE"))
-        connection.execute(sa.text("CREATE SCHEMA public"))
-    engine.dispose()
-    return url
-
-
-@pytest.fixture
-def store(url: str) -> Iterator[Store]:
-    store = Store(url)
-    store.prepare()
-    yield store
-    store.close()
 
 
 def lease_of(store: Store, holder: str = "me", now: float = 0.0) -> Lease:
@@ -227,32 +196,6 @@ def test_what_is_no_number_is_stored_all_the_same(store: Store) -> None:
     assert attempt.progress.metrics == {"a": math.inf, "b": 1.0}
 
 
-def a_peak(job_id: str, key: str, time: float) -> Peak:
-    return Peak(
-        key=key, device_kind="cpu", world_size=2, plan=plan(a_training_job(2), 2, "cpu"), measured_bytes=6 << 40,
-        limit_bytes=None, ran_out=False, job_id=job_id, attempt=1, time=time,
-    )  # fmt: skip
-
-
-def test_what_attempts_needed_is_found_by_its_key(store: Store) -> None:
-    store.add_job("a-1", a_training_job(2), now=1.0)
-    with store.acting(lease_of(store)) as write:
-        for number, key in enumerate(["k", "other", "k"]):
-            write.add_peak(a_peak("a-1", key, float(number)))
-    assert store.peaks(["k", "unknown"]) == [a_peak("a-1", "k", 2.0), a_peak("a-1", "k", 0.0)]
-    assert store.peaks(["k", "other"], limit=1) == [a_peak("a-1", "k", 2.0)]
-    assert store.peaks([]) == []
-
-
-def test_what_a_job_has_given_up_is_kept(store: Store) -> None:
-    store.add_job("a-1", a_training_job(2), now=1.0)
-    assert store.job("a-1").relief is None
-    relief = Relief(max_micro_batch=4, taken=(Taken(rung=Rung.MICRO_BATCH, sentence="micro-batch 8 → 4"),))
-    with store.acting(lease_of(store)) as write:
-        write.set_job("a-1", JobState.QUEUED, WHY, 2.0, relief=dumps(relief))
-    assert store.job("a-1").relief == relief
-
-
 def test_pausing_and_resuming_are_wishes(store: Store) -> None:
     store.add_job("a-1", a_command_job(), now=1.0)
     for _ in range(2):
@@ -317,9 +260,9 @@ def test_a_database_of_an_earlier_version_is_brought_up(url: str) -> None:
     store.prepare()
     row = store.job("a-1")
     assert (row.failures, row.ran_s, row.pause_requested, row.checkpoint) == (1, 3.0, False, None)
-    assert (row.relief, store.peaks(["k"])) == (None, [])
+    assert (row.relief, row.sizing, store.peaks(["k"]), store.forecasts()) == (None, None, [], [])
     (attempt,) = store.live_attempts()
-    assert attempt.progress_offset == 0
+    assert (attempt.progress_offset, attempt.predicted) == (0, None)
     assert store.request_pause("a-1", 9.0).pause_requested
     store.close()
 
