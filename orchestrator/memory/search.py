@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from launch.config import LossMode, Offload
+from launch.config import WHOLE_WEIGHTS, LossMode, Offload
 from launch.contract import Allocator, EngineName, ExecutionPlan
 from launch.footprint_record import Footprint
 from launch.shape import ModelShape
