@@ -134,6 +134,7 @@ def _attempt(attempt: AttemptView) -> None:
     out.print(
         f"  {plan.engine} on {plan.world_size} × {plan.device}: {shares}; "
         f"{plan.micro_batch_size} rows × {plan.gradient_accumulation_steps}, {plan.precision}, offload {plan.offload}"
+        + (f" to {plan.offload_path}" if plan.offload_path else "")
         + (", activation checkpointing" if plan.activation_checkpointing else "")
         + (", tight allocator" if plan.allocator == "tight" else "")
     )

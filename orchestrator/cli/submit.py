@@ -35,7 +35,7 @@ def submit(
                 return
             plan = answer.plan
             out.print(f"plan       {plan.engine} on {plan.world_size} × {plan.device}, {plan.precision}")
-            out.print(f"offload    {plan.offload}")
+            out.print(f"offload    {plan.offload}" + (f" to {plan.offload_path}" if plan.offload_path else ""))
             out.print(f"micro      {plan.micro_batch_size} rows × {plan.gradient_accumulation_steps} accumulated")
             if answer.placement is not None:
                 shares = ", ".join(f"{share.processes} on {share.node[:12]}" for share in answer.placement.shares)

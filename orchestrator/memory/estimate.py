@@ -18,7 +18,14 @@ from functools import cached_property
 from pydantic import BaseModel, ConfigDict
 
 from launch.contract import ExecutionPlan
-from launch.engine_config import BUCKET_ELEMENTS, LIVE_ELEMENTS
+from launch.engine_config import (
+    BUCKET_ELEMENTS,
+    DISK_BUFFERS,
+    DISK_PARAMETER_BUFFERS,
+    DISK_PARAMETER_ELEMENTS,
+    DISK_SUB_GROUP_ELEMENTS,
+    LIVE_ELEMENTS,
+)
 from launch.footprint_record import Footprint, Passes
 
 FP32 = 4
@@ -159,7 +166,9 @@ class _Rank:
 
     @cached_property
     def optimizer(self) -> float:
-        """Moments and, under ZeRO, the fp32 master, which it keeps in fp32, too."""
+        """Moments and, under ZeRO, the fp32 master, which it keeps in fp32, too; none of it if it is on a disk."""
+        if self.plan.offload_path:
+            return 0.0
         return self.footprint.moments_bytes / self.shares + (self.masters if self.stage else 0.0)
 
     @cached_property
@@ -208,6 +217,8 @@ class _Rank:
         and 2 twice, and two buffers as large as the largest weight."""
         if self.plan.offload == "none":
             return 0.0
+        if self.plan.offload_path:
+            return DISK_BUFFERS * FP32 * min(DISK_SUB_GROUP_ELEMENTS, self.footprint.trainable / self.shares)
         return self.masters if self.stage == 3 else 2 * self.masters + 2 * FP32 * self.footprint.largest
 
     def moments(self) -> dict[str, Items]:
@@ -281,7 +292,9 @@ class _Rank:
             yield "optimizer", self.optimizer
             yield "offload", self.offload_buffers
             if self.plan.offload == "all":
-                yield "weights", self.width * self.footprint.parameters / self.plan.world_size
+                on_disk = DISK_PARAMETER_BUFFERS * DISK_PARAMETER_ELEMENTS
+                elements = on_disk if self.plan.offload_path else self.footprint.parameters / self.plan.world_size
+                yield "weights", self.width * elements
 
     def host_load(self) -> Items:
         """The weights are read into host memory; ZeRO-3 shards them as they come, a file at a time."""

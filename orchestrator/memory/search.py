@@ -240,6 +240,7 @@ def frames(job: TrainingJob, world: int, kind: NodeKind) -> Iterator[ExecutionPl
                         gradient_accumulation_steps=-(-rows // micro),
                         precision=job.train.precision,
                         offload=offload,
+                        offload_path=job.offload_path if offload != "none" else None,
                         activation_checkpointing=recompute,
                         loss=loss,
                         allocator=allocator,
@@ -266,7 +267,8 @@ def engines(job: TrainingJob, world: int, kind: NodeKind) -> Iterator[tuple[Engi
             offloads = ()
         for offload in offloads:
             idle = zero and world == 1 and offload == "none" and job.strategy == "auto"
-            if not idle and (offload != "all" or name == "zero3"):
+            on_disk = job.offload_path is not None and offload != "none"
+            if not idle and (name == "zero3" or (offload != "all" and not on_disk)):
                 yield name, offload
 
 

@@ -255,3 +255,14 @@ def test_what_makes_a_step_longer() -> None:
     adapter = a_footprint().model_copy(update={"trainable": 1000})
     assert work_of(a_shape(), job, adapter).backward < 0.6 * work.backward
     assert work_of(None, job, footprint).forward == 2 * footprint.parameters
+
+
+def test_a_disk_is_for_zero3_alone() -> None:
+    job = a_job(
+        offload="optimizer", offload_path="/disk", resources={"num_processes": 8}, train={"global_batch_size": 64}
+    )
+    choice = chosen(job, a_gpu_kind(), state=200 * GIB)
+    plans = [choice.best.plan, *(one.plan for one in choice.others)]
+    assert {(plan.engine, plan.offload, plan.offload_path) for plan in plans if plan.zero_stage} == {
+        ("zero3", "optimizer", "/disk")
+    }
