@@ -42,6 +42,12 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
     return a_spec(write_bert(world / "bert"), write_messages(world / "messages.tsv", rows=60))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_what_earlier_tests_imported() -> None:
+    """MLflow, once imported in this process, leaves a variable in its environment."""
+    os.environ.pop("_MLFLOW_TELEMETRY_SESSION_ID", None)
+
+
 @pytest.fixture(autouse=True)
 def pytests_own_variable_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else no standby would fit a test that did not start it."""
