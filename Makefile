@@ -3,14 +3,16 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+READY := $(VENV)/.ready$(if $(filter 1,$(AIO)),-aio)
 PIP_VERSION := 26.3
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
+# 1 also compiles what training state on a disk needs (libaio-dev), which takes minutes.
+AIO ?= 0
 
 .DEFAULT_GOAL := help
 .PHONY: help setup examples demo test lint format bench-latency bench-standby bench-train bench-checkpoint \
-	bench-memory chaos clean
+	bench-memory bench-simulate chaos clean
 
 help:
 	@echo "make demo           set up, then fine-tune MiniLM on two processes through a local yard"
@@ -24,6 +26,7 @@ help:
 	@echo "make bench-train    measure training on this CPU beside the textbook's loop, transformers' Trainer and TRL"
 	@echo "make bench-checkpoint  measure what saving and loading a GiB of state costs beside stock ways"
 	@echo "make bench-memory   measure predicted memory beside what trainings really hold, and beside published peaks"
+	@echo "make bench-simulate  simulate a week of a public trace, under the yard's scheduler and under others"
 	@echo "make chaos          kill a rank in 200 saves, damage 1000 checkpoints, and see what the next attempt resumes from"
 	@echo "make clean          remove caches, .venv and the example yard (.tuneyard)"
 
@@ -47,15 +50,17 @@ export CHECK_PYTHON
 # Compiled into the installation, not on first use: a job that is killed while it compiles leaves torch's lock behind,
 # and the next one waits for it without end.
 define CHECK_OPERATIONS
-from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder
+import os
+from deepspeed.ops.op_builder.cpu import AsyncIOBuilder, CPUAdamBuilder, PinMemoryBuilder, ShareMemCommBuilder
 from deepspeed.git_version_info import installed_ops
-for builder in (ShareMemCommBuilder(), CPUAdamBuilder()):
+asked = [PinMemoryBuilder(), AsyncIOBuilder()] if os.environ["DS_BUILD_AIO"] == "1" else []
+for builder in (ShareMemCommBuilder(), CPUAdamBuilder(), *asked):
     assert installed_ops[builder.NAME] or not builder.is_compatible()
     if installed_ops[builder.NAME]:
         builder.load(verbose=False)
 endef
 export CHECK_OPERATIONS
-OPERATIONS := DS_ACCELERATOR=cpu DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1 DS_BUILD_CPU_ADAM=1
+OPERATIONS := DS_ACCELERATOR=cpu DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1 DS_BUILD_CPU_ADAM=1 DS_BUILD_AIO=$(AIO) DS_BUILD_PIN_MEMORY=$(AIO)
 
 # torch goes first: DeepSpeed's own set-up imports it, which is also why builds are not isolated.
 $(READY): pyproject.toml constraints.txt
@@ -109,6 +114,9 @@ bench-standby: examples
 
 bench-checkpoint: setup
 	$(BIN)/python -m benchmarks.checkpoint
+
+bench-simulate: setup
+	$(BIN)/python -m benchmarks.simulate_philly
 
 bench-memory: setup
 	$(BIN)/python -m benchmarks.memory_published

@@ -34,8 +34,9 @@ from launch.footprint_record import Footprint
 from launch.shape import ModelShape, read_shape
 from orchestrator.cluster.spec import NodeKind
 from orchestrator.job.spec import TrainingJob, load_job
-from orchestrator.memory.calibrate import Score, margin_factor
-from orchestrator.memory.search import COLD, NONE, Choice, Margin, needed, predict_of, search
+from orchestrator.memory.calibrate import NOTHING_LEARNED, Score, margin_factor
+from orchestrator.memory.margin import COLD, NONE, Margin, cold
+from orchestrator.memory.search import Choice, needed, predict_of, search
 from tests.victims import ENV_CGROUP
 from tests.worlds import a_contract
 
@@ -102,16 +103,21 @@ class Subject:
         self.job = job
         self.shape: ModelShape = read_shape(job.model)
         self.footprint: Footprint = footprint_of(case, folder, planned=True)
-        self.scores: list[Score] = []
+        self.scores: dict[str, list[Score]] = {"fast": [], "tight": []}
+        """By allocator, as a yard keeps them."""
         self.more = 0
 
     @property
-    def margin(self) -> Margin:
-        return COLD.scaled(margin_factor(self.scores))
+    def attempts(self) -> int:
+        return sum(map(len, self.scores.values()))
+
+    def margin_of(self, plan: ExecutionPlan) -> Margin:
+        factor = margin_factor(self.scores[plan.allocator])
+        return cold(self.footprint, plan) if factor == NOTHING_LEARNED else COLD.scaled(factor)
 
     def choose(self, limit: int) -> Choice:
         kind = NodeKind("limited", 1, os.cpu_count() or 1, 1, limit)
-        choice = search(self.job, self.shape, self.footprint, [kind], self.margin)
+        choice = search(self.job, self.shape, self.footprint, [kind], margin_of=self.margin_of)
         assert choice is not None
         return choice
 
@@ -147,7 +153,7 @@ def brute_force(subject: Subject, plan: ExecutionPlan, limit: int) -> int:
 
 
 def row_of(subject: Subject, limit: int) -> dict[str, Any]:
-    learned = len(subject.scores) >= LEARNED_AFTER
+    learned = subject.attempts >= LEARNED_AFTER
     choice = subject.choose(limit)
     plan = choice.best.plan
     row: dict[str, Any] = {
@@ -162,7 +168,7 @@ def row_of(subject: Subject, limit: int) -> dict[str, Any]:
     if peak is not None:
         best = choice.best
         score = Score(predicted_bytes=best.bare, margin_bytes=best.cold_margin, measured_bytes=peak)
-        subject.scores.append(score)
+        subject.scores[plan.allocator].append(score)
         row |= {"measured": peak, "predicted": best.bare}
         row["brute_force"] = brute_force(subject, plan, limit)
         row["share"] = plan.micro_batch_size / row["brute_force"]

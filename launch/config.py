@@ -266,7 +266,9 @@ def _check_task(train: OptimSpec, task: Task, adapter: AdapterSpec | None) -> No
 
 
 # Keys of a job file that speak to the orchestrator; run alone, `launch` reads past them.
-ORCHESTRATOR_KEYS = ("queue", "priority", "resources", "retry", "max_duration", "env")
+ORCHESTRATOR_KEYS = (
+    "queue", "priority", "resources", "retry", "max_duration", "env", "after", "array", "array_at_once", "array_of",
+)  # fmt: skip
 
 S = TypeVar("S", bound=Section)
 

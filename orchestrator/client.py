@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import httpx
 from pydantic import TypeAdapter, ValidationError
@@ -24,7 +24,17 @@ from orchestrator.errors import (
 )
 from orchestrator.job.lifecycle import JobState
 from orchestrator.job.spec import AnyJob
-from orchestrator.views import AttemptView, DryRun, EventView, JobView, NodeView
+from orchestrator.views import (
+    AttemptView,
+    DryRun,
+    EventView,
+    JobView,
+    MarkView,
+    NodeView,
+    QueueLook,
+    QueueView,
+    WhyView,
+)
 
 ERRORS: dict[str, type[TuneyardError]] = {
     kind.code: kind
@@ -50,6 +60,8 @@ T = TypeVar("T")
 EVENTS = 1000  # at a time
 POLL_S = 0.3
 AWAY_S = 60.0
+ARRAY_S = 300.0  # a thousand jobs are looked at before they are stored
+MAX_JOBS = 10_000
 
 
 class Client:
@@ -82,14 +94,30 @@ class Client:
         }
         return self._ask(JobView, "POST", "/v1/jobs", json=body)
 
+    def submit_array(
+        self, jobs: Sequence[AnyJob], git: GitState | None = None, sizings: Sequence[str | None] = ()
+    ) -> list[JobView]:
+        """Queue all elements of an array, which `job.array` made of a file; `sizings` are theirs.
+
+        Raises as `submit`; then nothing is stored."""
+        each = sizings or [None] * len(jobs)
+        body = {
+            "elements": [
+                {"job": job.model_dump(mode="json"), "sizing": sizing} for job, sizing in zip(jobs, each, strict=True)
+            ],
+            "git": None if git is None else git.model_dump(mode="json"),
+        }
+        return self._ask(list[JobView], "POST", "/v1/arrays", json=body, timeout=ARRAY_S)
+
     def dry_run(self, job: AnyJob, sizing: str | None = None) -> DryRun:
         """What would happen to `job`."""
         body = {"job": job.model_dump(mode="json"), "sizing": sizing}
         return self._ask(DryRun, "POST", "/v1/jobs:dry-run", json=body)
 
-    def jobs(self, limit: int = 1000) -> list[JobView]:
-        """The newest `limit` jobs in order of submission."""
-        return self._ask(list[JobView], "GET", "/v1/jobs", params={"limit": limit})
+    def jobs(self, limit: int = 1000, array: str | None = None) -> list[JobView]:
+        """The newest `limit` jobs in order of submission, or those of an array."""
+        params = {"limit": limit} | ({} if array is None else {"array": array})
+        return self._ask(list[JobView], "GET", "/v1/jobs", params=params)
 
     def job(self, job_id: str) -> JobView:
         """Raises NotFoundError."""
@@ -128,6 +156,38 @@ class Client:
         """Ask that a paused job goes back to the queue. Raises ConflictError if it is not paused."""
         return self._ask(JobView, "POST", f"/v1/jobs/{job_id}/resume")
 
+    def set_priority(self, job_id: str, priority: int | str) -> JobView:
+        """Move a job that has not ended; `priority` as in a job file."""
+        return self._ask(JobView, "POST", f"/v1/jobs/{job_id}/priority", json={"priority": priority})
+
+    def queue(self) -> QueueLook:
+        """The jobs that wait, in order, with their expected starts."""
+        return self._ask(QueueLook, "GET", "/v1/queue")
+
+    def why(self, job_id: str) -> WhyView:
+        """Why a job is where it is, and when it is expected to start."""
+        return self._ask(WhyView, "GET", f"/v1/jobs/{job_id}/why")
+
+    def queues(self) -> list[QueueView]:
+        """The queues of which something was said, and those that have live jobs."""
+        return self._ask(list[QueueView], "GET", "/v1/queues")
+
+    def set_queue(self, name: str, changes: Mapping[str, Any]) -> QueueView:
+        """Change some of a queue's weight, guaranteed, ceiling and lendable. Raises SpecError for what cannot be."""
+        return self._ask(QueueView, "PUT", f"/v1/queues/{name}", json=dict(changes))
+
+    def delete_queue(self, name: str) -> None:
+        """Let a queue have the defaults again. Raises NotFoundError if it has them."""
+        self._call("DELETE", f"/v1/queues/{name}")
+
+    def mark_node(self, name: str, how: Literal["cordon", "drain"], reason: str | None = None) -> MarkView:
+        """Let a node have no new attempts; drained, those on it save and go elsewhere. Raises NotFoundError."""
+        return self._ask(MarkView, "POST", f"/v1/nodes/{name}/{how}", json={"reason": reason})
+
+    def uncordon(self, name: str) -> None:
+        """Let a node have attempts again. Raises ConflictError if it may have them."""
+        self._call("POST", f"/v1/nodes/{name}/uncordon")
+
     def nodes(self) -> list[NodeView]:
         """The nodes that answer now."""
         return self._ask(list[NodeView], "GET", "/v1/nodes")
@@ -139,22 +199,39 @@ class Client:
         Raises:
             YardError: it stayed away for a minute, or `timeout` seconds passed before the job ended.
         """
+        yield from self._watch(
+            f"job {job_id}", lambda: self.job(job_id), lambda view: view.state.final or view.state in until, timeout
+        )
+
+    def follow_array(self, array: str, timeout: float | None = None) -> Iterator[list[JobView]]:
+        """All jobs of an array again and again until all are final; otherwise as `follow`."""
+        yield from self._watch(
+            f"array {array}",
+            lambda: self.jobs(limit=MAX_JOBS, array=array),
+            lambda views: all(view.state.final for view in views),
+            timeout,
+        )
+
+    def _watch(
+        self, what: str, look: Callable[[], T], ended: Callable[[T], bool], timeout: float | None
+    ) -> Iterator[T]:
         start = last = time.monotonic()
         while True:
+            asked = time.monotonic()
             try:
-                view = self.job(job_id)
+                seen = look()
                 last = time.monotonic()
-                yield view
-                if view.state.final or view.state in until:
+                yield seen
+                if ended(seen):
                     return
             except (YardError, StoreError, ExecutorError):
                 if time.monotonic() - last > AWAY_S:
                     raise
             if timeout is not None and time.monotonic() - start > timeout:
                 raise YardError(
-                    f"job {job_id} has not ended within {timeout:g} s", code="timeout", hint="it goes on; wait again"
+                    f"{what} has not ended within {timeout:g} s", code="timeout", hint="it goes on; wait again"
                 )
-            time.sleep(POLL_S)
+            time.sleep(max(POLL_S, last - asked))  # what takes the yard long to tell is asked less often
 
     def _ask(self, kind: type[T], method: str, path: str, **arguments: Any) -> T:
         """The answer as a `kind`."""

@@ -49,6 +49,9 @@ class Settings(BaseSettings):
     pause_grace: float = Field(600.0, ge=0)
     """Time a paused job has to save before its processes are ended: a slow store must be able to take it all."""
 
+    rules: dict[str, bool | float] = {}
+    """How the queue is ordered, and who is stopped for whom: JSON of what is to be otherwise, as {"min_run_s": 60}."""
+
     def __init__(self, **values: Any) -> None:
         """Raises SettingsError: a variable has a value that it cannot have."""
         try:

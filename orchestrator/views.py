@@ -27,6 +27,12 @@ class JobView(View):
     attempts: int
     failures: int = 0
     """How many attempts failed, which retry.max_restarts bounds."""
+    preemptions: int = 0
+    """How often it was stopped for the sake of another job."""
+    served_s: float = 0.0
+    """Processes x seconds of the attempts that have ended."""
+    array_id: str | None = None
+    """The array that it is an element of."""
     submitted_at: float
     started_at: float | None = None
     finished_at: float | None = None
@@ -69,6 +75,98 @@ class NodeView(Node):
     free: int
     """Ranks that it can take now."""
     standbys: StandbyReport = StandbyReport()
+    mark: str | None = None
+    """cordoned: it gets no new attempts; drained: and those on it go elsewhere"""
+    mark_reason: str | None = None
+
+
+class MarkView(View):
+    """That a node gets no new attempts."""
+
+    name: str
+    mark: str
+    reason: str | None = None
+    since: float
+
+
+class QueueView(View):
+    name: str
+    weight: float
+    guaranteed: int | None = None
+    """Processes that are its own; null for none."""
+    ceiling: int | None = None
+    """Most processes that it may hold, with what it borrows; null for no limit."""
+    lendable: bool
+    """Whether others may have what it leaves idle of its guarantee."""
+    configured: bool
+    """Whether anything was said of it; else these are the defaults."""
+    running: int = 0
+    """Jobs with an attempt."""
+    waiting: int = 0
+    held: int = 0
+    """Processes that have a place."""
+
+
+class EtaView(View):
+    """When a job is expected to start, in unix time; null where that is not in sight, or nobody knows."""
+
+    low: float | None = None
+    expected: float | None = None
+    high: float | None = None
+
+
+class TurnView(View):
+    """A job that waits in the queue, in its order."""
+
+    position: int
+    """1 is the first."""
+    job: str
+    queue: str
+    priority: int
+    processes: tuple[int, int]
+    """Fewest and most."""
+    level: int
+    """Within its queue: 0 has the least work ahead, as far as history tells, or has waited for long."""
+    waited_s: float
+    preemptions: int = 0
+    reason: Reason
+    eta: EtaView = EtaView()
+
+
+class ReservationView(View):
+    """Slots that are kept for the first job that cannot start yet."""
+
+    job: str
+    at: float | None = None
+    """When it starts at the latest, if jobs take as long as expected; null where nobody knows."""
+    slots: dict[str, int] = {}
+    """Node name → processes."""
+
+
+class QueueLook(View):
+    """The queue as it stands."""
+
+    time: float
+    turns: tuple[TurnView, ...] = ()
+    reservation: ReservationView | None = None
+    queues: tuple[QueueView, ...] = ()
+
+
+class WhyView(View):
+    """Why a job is where it is."""
+
+    job: str
+    state: JobState
+    reason: Reason
+    turn: TurnView | None = None
+    """Its place, if it stands in the queue."""
+    ahead: tuple[str, ...] = ()
+    """The next jobs before it, at most five, the first first."""
+    jobs_ahead: int = 0
+    reservation: ReservationView | None = None
+    """Its own, or the one it must go around."""
+    story: tuple[str, ...] = ()
+    """What decides its place, in sentences."""
 
 
 class DryRun(View):

@@ -7,12 +7,15 @@ from typing import Any
 
 from launch.attempt import ExitCode
 from launch.config import TrainSpec
-from launch.contract import ExecutionPlan, RankError, RankExit
+from launch.contract import Device, ExecutionPlan, RankError, RankExit
 from launch.document import parse_document
 from launch.provenance import BaseWeights, NodeUse, RunRecord, Surroundings
-from orchestrator.cluster.model import Gpu, Node
+from orchestrator.cluster.capacity import RACK_LABEL, SPINE_LABEL, Capacity
+from orchestrator.cluster.model import UNKNOWN_NEED, Gpu, Need, Node, Option
 from orchestrator.job.spec import AnyJob, load_job
-from orchestrator.schedule.decide import Waiting
+from orchestrator.schedule.gang import Gang, Held
+from orchestrator.schedule.place import room_for
+from orchestrator.schedule.yard import Yard
 
 
 def a_command_job(processes: int | str = 1, **keys: Any) -> AnyJob:
@@ -41,6 +44,8 @@ def a_node(
     cores: int = 8,
     memory_gib: float | None = None,
     gpu_memory_gib: float | None = None,
+    rack: str | None = None,
+    spine: str | None = None,
 ) -> Node:
     gpu_bytes = None if gpu_memory_gib is None else int(gpu_memory_gib * 2**30)
     return Node(
@@ -51,10 +56,12 @@ def a_node(
         cpu_slots=slots,
         memory_bytes=None if memory_gib is None else int(memory_gib * 2**30),
         gpus=tuple(Gpu(index=index, type=gpu_type, memory_bytes=gpu_bytes) for index in range(gpus)),
+        labels={label: name for label, name in ((RACK_LABEL, rack), (SPINE_LABEL, spine)) if name is not None},
     )
 
 
-def a_waiting(job_id: str, processes: int = 1, most: int | None = None, **changes: Any) -> Waiting:
+def a_gang(job_id: str, processes: int = 1, most: int | None = None, **changes: Any) -> Gang:
+    """Its number is its place in the order of submission."""
     values: dict[str, Any] = {
         "job_id": job_id,
         "sequence": int("".join(c for c in job_id if c.isdigit()) or 0),
@@ -63,7 +70,31 @@ def a_waiting(job_id: str, processes: int = 1, most: int | None = None, **change
         "max_processes": most or processes,
         "accelerator": "any",
     }
-    return Waiting(**(values | changes))
+    return Gang(**(values | changes))
+
+
+def an_option(processes: int = 1, host: float = 1, device: float = 0) -> Option:
+    """A way to run that needs so many GiB a rank; on GPUs if any of theirs."""
+    where: Device = "cuda" if device else "cpu"
+    plan = ExecutionPlan(
+        engine="ddp", world_size=processes, device=where, micro_batch_size=1, gradient_accumulation_steps=1
+    )
+    return Option(processes, where, Need(device_bytes=int(device * 2**30), host_bytes=int(host * 2**30)), plan)
+
+
+def hold(yard: Yard, gang: Gang, *nodes: str, processes: int | None = None, **changes: Any) -> Held:
+    """`gang` holds slots of the yard from now on, of these nodes alone if any are named; as many as it may have."""
+    room = yard.capacity
+    if nodes:
+        taken = (held.placement for held in yard.running.values())
+        room = Capacity.of(room.nodes, taken, closed=(node.id for node in room.nodes if node.id not in nodes))
+    found = room_for(room, gang, processes or gang.most)
+    assert found is not None, f"no room for {gang.job_id}"
+    where, option = found
+    placement = room.placement(where, gang.accelerator, option.need if option is not None else UNKNOWN_NEED)
+    held = Held(gang, placement, **({"since": 0.0} | changes))
+    yard.hold(held)
+    return held
 
 
 def an_exit(

@@ -8,6 +8,7 @@ from launch import __version__
 from orchestrator.cli import (
     cancel,
     checkpoint,
+    cordon,
     data,
     describe,
     doctor,
@@ -17,9 +18,13 @@ from orchestrator.cli import (
     nodes,
     pause,
     plan,
+    priority,
+    queue,
+    queues,
     reproduce,
     run,
     schema,
+    simulate,
     submit,
     up,
     wait,
@@ -67,10 +72,19 @@ app.command("wait")(wait.wait)
 app.command("pause")(pause.pause)
 app.command("resume")(pause.resume)
 app.command("cancel")(cancel.cancel)
+# A priority may be below zero, which is no option.
+app.command("priority", context_settings={"ignore_unknown_options": True})(priority.priority)
+app.add_typer(queues.app, name="queues")
 checkpoint.app.command("export")(weights.export)
 checkpoint.app.command("import")(weights.import_)
 checkpoint.app.command("diff")(weights.diff)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("nodes")(nodes.nodes)
+app.command("queue")(queue.queue)
+app.command("why")(queue.why)
+app.command("cordon")(cordon.cordon)
+app.command("drain")(cordon.drain)
+app.command("uncordon")(cordon.uncordon)
+app.command("simulate")(simulate.simulate)
 app.command("doctor")(doctor.doctor)
 app.command("schema")(schema.schema)

@@ -54,7 +54,9 @@ def _head(view: JobView) -> None:
     out.print(f"[bold]{view.id}[/bold] {state_text(view.state)}: {view.reason.sentence}")
     if view.reason.remedy:
         out.print(f"  {view.reason.remedy}", markup=False)
-    out.print(f"  queue {view.queue}, priority {view.priority}, submitted {age(view.submitted_at)} ago")
+    array = f", of array {view.array_id}" if view.array_id else ""
+    stops = f", stopped {view.preemptions} x for other jobs" if view.preemptions else ""
+    out.print(f"  queue {view.queue}, priority {view.priority}, submitted {age(view.submitted_at)} ago{array}{stops}")
     if view.error:
         out.print(f"  error[{view.error.get('code')}] {view.error.get('message')}", markup=False)
         if view.error.get("traceback"):

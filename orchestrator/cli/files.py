@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import secrets
+import string
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +13,7 @@ import typer
 
 from launch.document import Document, path_of, read_document
 from orchestrator.errors import SpecError, SpecErrors
+from orchestrator.job.array import Element, expand
 from orchestrator.job.check import check_job
 from orchestrator.job.spec import AnyJob, TrainingJob, load_job
 
@@ -25,12 +28,48 @@ def read_job(file: Path, overrides: list[str] | None) -> tuple[AnyJob, Document]
     """The validated job, all that it names looked at, and the file it was read from.
 
     Raises:
-        SpecError: a fault of the file, of an override, or of what the file names.
+        SpecError: a fault of the file, of an override, or of what the file names; a file with an `array`.
     """
     document = read_document(file, overrides or ())
+    return checked_job(document), document
+
+
+def checked_job(document: Document) -> AnyJob:
+    """The job of a file that has been read, otherwise as read_job."""
     job = load_job(document)
     check_job(job, document)
-    return job, document
+    return job
+
+
+def read_array(document: Document) -> list[Element]:
+    """All jobs of a file with an `array`, otherwise as read_job."""
+    suffix = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(5))
+    elements = expand(document, suffix)
+    faults: dict[str, SpecError] = {}
+    for element in _distinct(elements).values():
+        try:
+            check_job(element.job, element.document)
+        except SpecErrors as problem:
+            faults |= {str(error): error for error in problem.errors}
+    if faults:
+        raise SpecErrors(sorted(faults.values(), key=lambda error: error.line or 0))
+    return elements
+
+
+def read_sizings(elements: Iterable[Element]) -> list[str | None]:
+    """What the model of each element needs of memory, as read_sizing."""
+    several = list(elements)
+    found = {key: read_sizing(element.job) for key, element in _distinct(several).items()}
+    return [found[_asks(element.job)] for element in several]
+
+
+def _distinct(elements: Iterable[Element]) -> dict[str, Element]:
+    """One element of all that differ in their place in the array alone."""
+    return {_asks(element.job): element for element in elements}
+
+
+def _asks(job: AnyJob) -> str:
+    return job.model_copy(update={"name": "element", "array_of": None}).model_dump_json()
 
 
 def read_sizing(job: AnyJob) -> str | None:

@@ -41,6 +41,9 @@ resources:
 # checkpoint: {{every_steps: auto, keep_last: 3}}   # directory: a path, or s3://bucket/prefix
 # retry: {{max_restarts: 3}}       # after crashes and lost nodes
 # max_duration: 2h
+# after: [other-job-x1y2z]       # starts once these jobs have succeeded
+# array: {{train.learning_rate: [1.0e-5, 1.0e-4]}}   # a job for each value, of several lists for each combination
+# array_at_once: 2               # at most so many of them at the same time
 # trackers: [tensorboard]
 # env: {{WANDB_API_KEY: {{from_env: WANDB_API_KEY}}}}   # secrets are taken from the node, never written here
 """
@@ -56,6 +59,9 @@ resources:
 # TUNEYARD_PROGRESS_FILE for progress, TUNEYARD_STOP_FILE: once it exists, save and end with status 10.
 # retry: {{max_restarts: 3}}
 # max_duration: 2h
+# after: [other-job-x1y2z]       # starts once these jobs have succeeded
+# array: 8                       # so many copies; TUNEYARD_ARRAY_INDEX tells each its number, from 0 on
+# array_at_once: 2               # at most so many of them at the same time
 # env: {{HF_HOME: /data/hf}}
 """
 

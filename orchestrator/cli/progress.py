@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from rich.live import Live
@@ -32,6 +33,19 @@ def follow(views: Iterator[JobView], *, quiet: bool = False) -> JobView:
                 err.print(line(last))
     assert last is not None
     return last
+
+
+def follow_array(looks: Iterator[list[JobView]], *, quiet: bool = False) -> list[JobView]:
+    """The jobs of an array as they ended; a line whenever another one has begun or ended."""
+    views: list[JobView] = []
+    told = ""
+    for views in looks:
+        counts = Counter(view.state for view in views)
+        now = ", ".join(f"{counts[state]} {state_text(state)}" for state in JobState if counts[state])
+        if now != told and not quiet:
+            told = now
+            err.print(f"[bold]{views[0].array_id}[/bold] {now}")
+    return views
 
 
 def line(view: JobView) -> str:

@@ -10,8 +10,8 @@ from orchestrator.cli.files import JobFile, Overrides, read_job, read_sizing, to
 from orchestrator.cli.output import Format, Output, job_json, print_json
 from orchestrator.cli.progress import follow, summary
 from orchestrator.cli.status import of_job
-from orchestrator.cluster.model import Snapshot
-from orchestrator.schedule.decide import check_possible
+from orchestrator.cluster.capacity import Capacity
+from orchestrator.schedule.explain import check_possible
 from orchestrator.settings import Settings
 
 
@@ -28,7 +28,7 @@ def run(
     """
     # Imported late: the other verbs need neither database nor executor.
     from orchestrator.cli.embedded import run_here
-    from orchestrator.control.wishes import waiting
+    from orchestrator.control.wishes import gang_of_new
     from orchestrator.execute.local import LocalExecutor
 
     job, document = read_job(file, set_)
@@ -37,7 +37,7 @@ def run(
     executor = LocalExecutor(settings.cpu_slots, owned=True, memory_gb=settings.memory_gb)
     nodes = tuple(executor.nodes())
     with told_where(document):
-        check_possible(Snapshot(nodes=nodes), waiting("run", 0, job, sizing=sizing, nodes=nodes))
+        check_possible(Capacity(nodes), gang_of_new("run", job, sizing=sizing, nodes=nodes))
     view = follow(run_here(job, Origin(git=git_state(file)), settings, executor, sizing), quiet=quiet)
     if output == Format.JSON:
         print_json(job_json(view))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from launch.checkpoint.manifest import CheckpointError
 from orchestrator.errors import (
     ConflictError,
@@ -35,3 +37,9 @@ def of_error(problem: TuneyardError) -> int:
 def of_job(state: JobState) -> int:
     """The status for a job that has ended so."""
     return {JobState.SUCCEEDED: OK, JobState.CANCELLED: CANCELLED}.get(state, JOB_FAILED)
+
+
+def of_jobs(states: Iterable[JobState]) -> int:
+    """The status for jobs that have all ended: 0 if all succeeded, else that of the worst."""
+    each = {of_job(state) for state in states}
+    return next((status for status in (JOB_FAILED, CANCELLED) if status in each), OK)

@@ -92,6 +92,11 @@ class SendStop:
     number: int
     request: StopRequest
     reason: Reason
+    preempted_by: str | None = None
+    """The job for whose sake it is."""
+    target: int | None = None
+    """With how many processes the job is to go on at once."""
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,8 @@ class EndAttempt:
     result: dict[str, Any] | None = None
     relief: Relief | None = None
     """To store with it, so that the next attempt is planned within it."""
+    target: int | None = None
+    """With how many processes at most the next attempt is to start, at once."""
     peak: Peak | None = None
     notes: tuple[Note, ...] = ()
 

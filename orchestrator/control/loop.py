@@ -29,21 +29,28 @@ from orchestrator.control.actions import (
     StartAgain,
     StartAttempt,
 )
-from orchestrator.control.reconcile import Facts, Policy, State, reconcile
-from orchestrator.control.wishes import ways_of
+from orchestrator.control.board import Board
+from orchestrator.control.facts import Facts, Policy, State
+from orchestrator.control.reconcile import reconcile
+from orchestrator.control.rules import rules_of
+from orchestrator.control.stops import PREEMPT
+from orchestrator.control.wishes import label_of, ways_of
 from orchestrator.errors import ConflictError, ExecutorError, LeaseLostError, StoreError
 from orchestrator.execute.protocol import Executor
 from orchestrator.execute.tracing import Tracer
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
-from orchestrator.job.spec import AnyJob, FromEnvironment, TrainingJob
+from orchestrator.job.spec import AnyJob, FromEnvironment, TrainingJob, array_env
 from orchestrator.memory.alike import key_of
 from orchestrator.memory.options import factors_of, kinds_of
 from orchestrator.memory.sizing import Sizing
 from orchestrator.recover.classify import Outcome
 from orchestrator.recover.reliability import LOOK_BACK_S, Ran, mean_time_between_failures
+from orchestrator.schedule.gang import Queue
+from orchestrator.schedule.history import Ran as JobRan
 from orchestrator.settings import Settings
-from orchestrator.store.rows import JobRow, Lease
+from orchestrator.store.rows import HistoryRow, JobRow, Lease
 from orchestrator.store.store import Store
+from orchestrator.store.transaction import Transaction
 
 log = structlog.get_logger()
 
@@ -67,7 +74,11 @@ class Controller:
             leash_margin=settings.leash_margin,
             stop_grace=settings.stop_grace,
             pause_grace=settings.pause_grace,
+            rules=rules_of(settings),
         )
+        self._board: Board | None = None
+        self._jobs: dict[str, JobRow] = {}
+        self._created: dict[tuple[str, int], float] = {}
 
     def run_until(self, done: Callable[[], bool]) -> None:
         """Tick until `done`, sooner than the period when woken. A database that is away is waited for."""
@@ -82,7 +93,7 @@ class Controller:
             self.tick()
         except LeaseLostError as problem:
             log.warning("lease lost", error=problem.message)
-            self.lease = None
+            self.lease = self._board = None
         except StoreError as problem:
             log.error("database trouble; nothing is done until it is back", error=problem.message)
 
@@ -95,7 +106,7 @@ class Controller:
         self.tracer.close()
         if self.lease is not None:
             self.store.release_lease(self.lease)
-            self.lease = None
+            self.lease = self._board = None
 
     def tick(self) -> list[Action]:
         """One look and what follows from it; nothing at all without the lease.
@@ -107,29 +118,51 @@ class Controller:
         now = self.clock()
         self.lease = self.store.acquire_lease(self.holder, now, self.settings.lease)
         if self.lease is None:
+            self._board = None
             return []
-        state = self._state()
+        if self._board is None:
+            self._board = Board(self._policy.rules, history_of(self.store))
+        self._jobs = self.store.live_jobs(self._jobs)
+        state = self._state(self._jobs)
         try:
             facts = self._observe(state)
         except ExecutorError as problem:
             log.error("the cluster cannot be asked", error=problem.message)
             return []
-        actions = reconcile(state, facts, self.clock(), self._policy)
-        jobs = {job.id: job for job in state.jobs}
+        actions = reconcile(state, facts, self.clock(), self._policy, self._board)
         contracts = {(attempt.job_id, attempt.number): attempt.run for attempt in state.attempts}
+        self._created = {(attempt.job_id, attempt.number): attempt.created_at for attempt in state.attempts}
         for action in actions:
-            self._apply(action, self.lease, jobs, contracts)
+            if not isinstance(action, Explain):
+                self._apply(action, self.lease, self._jobs, contracts)
+        explained = [action for action in actions if isinstance(action, Explain)]
+        if explained:
+            with self.store.acting(self.lease) as write:
+                for action in explained:
+                    write.explain(action.job_id, action.reason)
         return actions
 
-    def _state(self) -> State:
-        jobs = self.store.jobs(live=True)
+    def look(self) -> tuple[State, Facts]:
+        """What is stored of the living and which nodes there are, for who only wants to know; from any thread.
+
+        Raises:
+            StoreError, ExecutorError: one of them cannot be asked.
+        """
+        return self._state(self.store.live_jobs()), Facts(nodes=self.executor.nodes())
+
+    def _state(self, live: dict[str, JobRow]) -> State:
+        jobs = list(live.values())
         queued = [job for job in jobs if job.state == JobState.QUEUED]
         keys = {key for job in queued if job.attempts == 0 and (key := key_of(job.job)) is not None}
+        before = {other for job in queued for other in job.job.after if other not in live}
         return State(
             jobs=jobs,
             attempts=self.store.live_attempts(),
             peaks=self.store.peaks(keys) if keys else (),
             factors=factors_of(self.store.forecasts()) if any(job.sizing for job in queued) else (),
+            queues=queues_of(self.store),
+            marks={row.name: row.mark for row in self.store.node_marks()},
+            ended=self.store.states_of(before) if before else {},
         )
 
     def _observe(self, state: State) -> Facts:
@@ -195,8 +228,12 @@ class Controller:
                     write.note_checkpoints(job_id, number, lines, offset, directory)
             case SendStop(job_id, number, request, reason):
                 with self.store.acting(lease) as write:
-                    write.set_stop(job_id, number, request, now)
+                    write.set_stop(job_id, number, request, now, action.preempted_by, action.target)
                     write.set_job(job_id, JobState.STOPPING, reason, now)
+                    if request.reason == PREEMPT:
+                        write.count_preemption(job_id)
+                    for note in action.notes:
+                        write.event(job_id, number, now, note.kind, note.data)
                 self.executor.stop(contracts[job_id, number], request)
             case SendStopAgain(job_id, number, request):
                 self.executor.stop(contracts[job_id, number], request)
@@ -206,9 +243,6 @@ class Controller:
                 with self.store.acting(lease) as write:
                     # What it waited for before is over, and so is what was told of its last attempt.
                     write.set_job(job_id, state, reason, now, not_before=None, error=None)
-            case Explain(job_id, reason):
-                with self.store.acting(lease) as write:
-                    write.explain(job_id, reason)
 
     def _start(self, action: StartAttempt, lease: Lease, row: JobRow, now: float) -> None:
         try:
@@ -222,7 +256,7 @@ class Controller:
         try:
             with self.store.acting(lease) as write:
                 write.add_attempt(contract, action.placement, now, action.predicted)
-                write.set_job(action.job_id, JobState.STARTING, reason, now, **relief)
+                write.set_job(action.job_id, JobState.STARTING, reason, now, target=None, **relief)
                 for note in action.notes:
                     write.event(action.job_id, action.number, now, note.kind, note.data)
                 write.note_start(action.job_id, now)
@@ -243,7 +277,8 @@ class Controller:
         self.executor.release(contract)
         with self.store.acting(lease) as write:
             write.set_attempt(action.job_id, action.number, AttemptState.ENDED, now, outcome=action.outcome.value)
-            write.count_attempt(action.job_id, action.number, now, failed=action.failed)
+            processes = contract.plan.world_size
+            write.count_attempt(action.job_id, action.number, now, failed=action.failed, processes=processes)
             if action.error is not None:
                 write.event(action.job_id, action.number, now, "attempt-error", action.error)
             for note in action.notes:
@@ -259,8 +294,28 @@ class Controller:
                 not_before=action.not_before,
                 error=action.error if action.job_state in (JobState.FAILED, JobState.PAUSED) else None,
                 result=action.result,
+                target=action.target,
                 **relief,
             )
+            if action.job_state.final:
+                self._remember(write, self._jobs[action.job_id], action, now)
+
+    def _remember(self, write: Transaction, row: JobRow, action: EndAttempt, now: float) -> None:
+        """How long a job ran, all attempts together, for what is expected of the next one like it."""
+        job = row.job
+        ran_s = row.ran_s + self._ran_s(action, now)
+        ran = JobRan(row.queue, label_of(job), job.resources.bounds[0], ran_s)
+        succeeded = action.job_state == JobState.SUCCEEDED
+        write.add_history(
+            HistoryRow(
+                queue=ran.queue, name=ran.name, processes=ran.processes, ran_s=ran_s, succeeded=succeeded, time=now
+            )
+        )
+        if self._board is not None:
+            self._board.learn(ran)
+
+    def _ran_s(self, action: EndAttempt, now: float) -> float:
+        return max(0.0, now - self._created[action.job_id, action.number])
 
     def _mtbf_s(self, nodes: int, now: float) -> float:
         """How long a gang of so many nodes has lasted on this yard: how often to save depends on it."""
@@ -291,12 +346,22 @@ class Controller:
             spec=training.train_spec() if training else None,
             command=job.run if not isinstance(job, TrainingJob) else None,
             working_dir=job.working_dir if not isinstance(job, TrainingJob) else None,
-            env={name: value for name, value in job.env.items() if isinstance(value, str)},
+            env={name: value for name, value in job.env.items() if isinstance(value, str)} | array_env(job),
             env_from={name: value.from_env for name, value in job.env.items() if isinstance(value, FromEnvironment)},
             leash_s=self.settings.leash,
             mtbf_s=mtbf_s,
             origin=row.origin or Origin(),
         )
+
+
+def queues_of(store: Store) -> list[Queue]:
+    """What was said of queues, as the scheduler wants it."""
+    return [Queue(row.name, row.weight, row.guaranteed, row.ceiling, row.lendable) for row in store.queues()]
+
+
+def history_of(store: Store) -> list[JobRan]:
+    """How long jobs ran that have ended."""
+    return [JobRan(row.queue, row.name, row.processes, row.ran_s) for row in store.history()]
 
 
 def _device_of(job: AnyJob, kinds: Iterable[NodeKind]) -> Device:

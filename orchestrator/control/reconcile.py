@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import cast
+from collections.abc import Iterator
+from dataclasses import replace
 
-from launch.contract import Device, ExitCode, StopRequest
-from orchestrator.cluster.model import Node, Snapshot
+from launch.contract import ExitCode, StopRequest
 from orchestrator.cluster.status import AttemptStatus
 from orchestrator.control.actions import (
     Action,
@@ -15,25 +13,20 @@ from orchestrator.control.actions import (
     Explain,
     MarkLost,
     MarkRunning,
-    MoveJob,
-    Note,
     NoteCheckpoints,
     NoteProgress,
     SendStop,
     SendStopAgain,
     StartAgain,
-    StartAttempt,
 )
+from orchestrator.control.board import Board
+from orchestrator.control.dispatch import dispatch, over_time
+from orchestrator.control.facts import Facts, Policy, State
 from orchestrator.control.fitting import after_out_of_memory, device_kind, peak_of
 from orchestrator.control.result import job_error, job_result, metrics_sentence
-from orchestrator.control.wishes import waiting_row
+from orchestrator.control.stops import PAUSE, PAUSING, paused, planned, stopped, stopping
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
-from orchestrator.memory.alike import Peak, key_of, remembered
-from orchestrator.memory.ladder import eased
-from orchestrator.memory.options import Factors, kinds_of
-from orchestrator.memory.plan import plan
 from orchestrator.recover.classify import RETRIED, Outcome, Verdict, back_off, judge, may_retry
-from orchestrator.schedule.decide import Start, Waiting, decide
 from orchestrator.store.rows import AttemptRow, JobRow
 
 PROGRESS_S = 1.0  # at most one stored sign of life an attempt in so long
@@ -41,49 +34,13 @@ START_AGAIN_S = 5.0
 START_TIMEOUT_S = 60.0
 SILENCE_S = 3.0  # a node that has not answered for so long is lost
 ECHO_S = 5.0  # time the other nodes have to end once one has failed
-_TRACING = Reason(
-    code=ReasonCode.TRACING,
-    sentence="its memory is being traced, since it needs most of what there is",
-    remedy="starts when that is done, in a minute at most; nothing to do",
-)
-PAUSE = "paused"  # StopRequest.reason of a planned stop, which saves first
 
 
-@dataclass(frozen=True)
-class Policy:
-    """How patient to be, in seconds."""
+def reconcile(state: State, facts: Facts, now: float, policy: Policy, board: Board | None = None) -> list[Action]:
+    """The actions that bring the stored state and the world together, in the order to carry them out.
 
-    leash: float = 30.0
-    leash_margin: float = 5.0
-    stop_grace: float = 60.0
-    pause_grace: float = 600.0
-
-
-@dataclass(frozen=True)
-class State:
-    """What the database holds of the living."""
-
-    jobs: Sequence[JobRow]
-    attempts: Sequence[AttemptRow]
-    peaks: Sequence[Peak] = ()
-    """Of jobs like those that have not started yet."""
-    factors: Factors = ()
-    """What attempts have taught of memory: by what to multiply margins."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What was seen."""
-
-    nodes: Sequence[Node]
-    statuses: Mapping[str, AttemptStatus] = field(default_factory=dict)
-    """By run id."""
-    tracing: frozenset[str] = frozenset()
-    """Jobs whose memory is being traced, which they wait for."""
-
-
-def reconcile(state: State, facts: Facts, now: float, policy: Policy) -> list[Action]:
-    """The actions that bring the stored state and the world together, in the order to carry them out."""
+    `board` is what the scheduler remembers between ticks, which makes it fast; without one it is made anew.
+    """
     jobs = {job.id: job for job in state.jobs}
     actions: list[Action] = []
     holding = []
@@ -93,7 +50,8 @@ def reconcile(state: State, facts: Facts, now: float, policy: Policy) -> list[Ac
         actions += decided
         if not any(isinstance(action, EndAttempt) for action in decided):
             holding.append(attempt)
-    actions += _queue(state, facts, holding, now)
+    told = {action.job_id for action in actions if isinstance(action, SendStop)}
+    actions += dispatch(state, facts, holding, told, now, policy, board or Board(policy.rules))
     return actions
 
 
@@ -112,7 +70,7 @@ def _attempt(
     found = attempt.state == AttemptState.LOST and attempt.stop is None
     if status.reachable and status.begun and (found or attempt.state == AttemptState.STARTING):
         yield MarkRunning(*key)
-    patient = attempt.stop is None or _pauses(attempt)  # nothing is on its way that would end it soon
+    patient = attempt.stop is None or planned(attempt)  # nothing is on its way that would end it soon
     if patient and job.cancel_requested:
         reason = Reason(code=ReasonCode.CANCEL_REQUESTED, sentence="cancelling: ranks end at their next step boundary")
         yield SendStop(*key, StopRequest(reason="cancelled", deadline=now + policy.stop_grace), reason)
@@ -122,11 +80,11 @@ def _attempt(
         yield SendStop(*key, StopRequest(reason="a rank failed", deadline=now + ECHO_S), reason)
     elif attempt.stop is not None:
         yield SendStopAgain(*key, attempt.stop)
-        if _pauses(attempt) and attempt.state == AttemptState.STOPPING and job.reason != _pausing(job):
-            yield Explain(job.id, _pausing(job))
+        if planned(attempt) and attempt.state == AttemptState.STOPPING and job.reason != stopping(job, attempt):
+            yield Explain(job.id, stopping(job, attempt))
     elif job.pause_requested:
-        yield SendStop(*key, StopRequest(reason=PAUSE, deadline=now + policy.pause_grace), _pausing(job))
-    elif _over_time(job, attempt, now):
+        yield SendStop(*key, StopRequest(reason=PAUSE, deadline=now + policy.pause_grace), PAUSING)
+    elif over_time(job, attempt, now):
         sentence = f"has run for longer than max_duration ({job.job.max_duration:.0f} s)"
         reason = Reason(code=ReasonCode.MAX_DURATION, sentence=sentence, remedy="raise max_duration, or do fewer steps")
         yield SendStop(*key, StopRequest(reason="max-duration", deadline=now + policy.stop_grace), reason)
@@ -201,20 +159,19 @@ def _goes_on(
         return EndAttempt(*key, outcome, JobState.FAILED, job.reason, error=error)
     if outcome == Outcome.STOPPED:
         if job.pause_requested:
-            return EndAttempt(*key, outcome, JobState.PAUSED, _paused(job))
-        who = "resumed while it was being paused" if _pauses(attempt) else "its node was asked to stop"
-        reason = Reason(code=ReasonCode.BACKING_OFF, sentence=f"{who}; the job goes back to the queue")
-        return EndAttempt(*key, outcome, JobState.QUEUED, reason, not_before=now)
+            return EndAttempt(*key, outcome, JobState.PAUSED, paused(job))
+        target = attempt.target if planned(attempt) else None
+        return EndAttempt(*key, outcome, JobState.QUEUED, stopped(attempt), not_before=now, target=target)
     error = job_error(verdict, attempt.run)
     if outcome == Outcome.OUT_OF_MEMORY and verdict.first is not None:
         end = after_out_of_memory(job, attempt, verdict.first, error, status, now)
         if end.job_state == JobState.QUEUED and job.pause_requested:
-            return replace(end, job_state=JobState.PAUSED, reason=_paused(job, end.reason.sentence))
+            return replace(end, job_state=JobState.PAUSED, reason=paused(job, end.reason.sentence))
         return end
     if job.pause_requested and RETRIED[outcome]:
         # Nobody asked for another start, so none is used up, and it is not too late for one.
-        return EndAttempt(*key, outcome, JobState.PAUSED, _paused(job, error["message"]), error=error)
-    counts = not _pauses(attempt)
+        return EndAttempt(*key, outcome, JobState.PAUSED, paused(job, error["message"]), error=error)
+    counts = not planned(attempt)
     failures = job.failures + counts
     if may_retry(outcome, failures, job.job.retry.max_restarts):
         wait = back_off(failures)
@@ -226,92 +183,3 @@ def _goes_on(
         return EndAttempt(*key, outcome, JobState.QUEUED, reason, failed=counts, not_before=now + wait, error=error)
     reason = Reason(code=ReasonCode.FAILED, sentence=error["message"], remedy=error.get("hint"))
     return EndAttempt(*key, outcome, JobState.FAILED, reason, failed=counts, error=error)
-
-
-def _pauses(attempt: AttemptRow) -> bool:
-    """Whether the stop that the attempt was sent is a planned one."""
-    return attempt.stop is not None and attempt.stop.reason == PAUSE
-
-
-def _pausing(job: JobRow) -> Reason:
-    """Why a job whose ranks were sent a planned stop is stopping."""
-    if job.pause_requested:
-        return Reason(code=ReasonCode.PAUSE_REQUESTED, sentence="pausing: its ranks save at their next step, and end")
-    return Reason(
-        code=ReasonCode.RESUMED,
-        sentence="resumed while it was being paused: its ranks save and end, then it goes back to the queue",
-    )
-
-
-def _paused(job: JobRow, error: str | None = None) -> Reason:
-    """Why a job is paused; `error` is how its last attempt ended otherwise than by stopping."""
-    sentence = "paused by its user"
-    if error is not None:
-        sentence += f", and ended badly meanwhile: {error}"
-    if job.checkpoint is not None:
-        sentence += f"; its last checkpoint is of step {job.checkpoint.step}"
-    return Reason(code=ReasonCode.PAUSED, sentence=sentence, remedy=f"tuneyard resume {job.id}")
-
-
-def _queue(state: State, facts: Facts, holding: Sequence[AttemptRow], now: float) -> Iterator[Action]:
-    """Start what fits, and say of all else why it waits."""
-    waiting: list[Waiting] = []
-    queued = {job.id: job for job in state.jobs if job.state == JobState.QUEUED}
-    busy = {attempt.job_id for attempt in holding}
-    kinds = kinds_of(facts.nodes)
-    for job in state.jobs:
-        if job.id in busy or job.state not in (JobState.QUEUED, JobState.PAUSED):
-            continue
-        if job.cancel_requested:
-            when = "before it started" if job.attempts == 0 else f"while it was {job.state}"
-            reason = Reason(code=ReasonCode.CANCELLED, sentence=f"cancelled {when}")
-            yield MoveJob(job.id, JobState.CANCELLED, reason)
-        elif job.state == JobState.PAUSED:
-            if not job.pause_requested:
-                yield MoveJob(job.id, JobState.QUEUED, Reason(code=ReasonCode.RESUMED, sentence="resumed by its user"))
-        elif job.pause_requested:
-            yield MoveJob(job.id, JobState.PAUSED, _paused(job))
-        elif _over_time(job, None, now):
-            sentence = f"max_duration ({job.job.max_duration:.0f} s) passed before it could be started again"
-            yield MoveJob(job.id, JobState.FAILED, Reason(code=ReasonCode.MAX_DURATION, sentence=sentence))
-        elif job.id in facts.tracing:
-            if job.reason.code != ReasonCode.TRACING:
-                yield Explain(job.id, _TRACING)
-        elif job.not_before is None or now >= job.not_before:
-            waiting.append(waiting_row(job, kinds, state.factors))
-    snapshot = Snapshot.of(facts.nodes, (attempt.held for attempt in holding))
-    for decision in decide(snapshot, waiting):
-        job = queued[decision.job_id]
-        if isinstance(decision, Start):
-            yield _start(job, decision, state, facts)
-        elif decision.reason != job.reason:
-            yield Explain(job.id, decision.reason)
-
-
-def _start(job: JobRow, start: Start, state: State, facts: Facts) -> StartAttempt:
-    """The next attempt, planned for its placement, or as it is pinned to be."""
-    number, placement = job.attempts + 1, start.placement
-    pinned = job.origin.pinned if job.origin is not None else None
-    if pinned is not None:
-        # A rank whose number is another one sets it itself.
-        shares = tuple(share.model_copy(update={"threads": pinned.threads[0]}) for share in placement.shares)
-        return StartAttempt(job.id, number, placement.model_copy(update={"shares": shares}), pinned.plan)
-    device = cast(Device, placement.device)
-    option = start.option
-    chosen = option.plan if option is not None else plan(job.job, placement.world_size, device, job.relief)
-    predicted = option.predicted if option is not None else None
-    if number == 1:
-        key = key_of(job.job) if state.peaks else None
-        alike = [row for row in state.peaks if row.key == key]
-        found = remembered(alike, job.job, chosen, device_kind(facts.nodes, placement)) if alike else None
-        if found is not None:
-            chosen = eased(job.job, chosen, found.relief)
-            note = Note("remembered", {"sentence": found.sentence})
-            return StartAttempt(job.id, number, placement, chosen, found.relief, (note,))
-    return StartAttempt(job.id, number, placement, chosen, predicted=predicted if job.relief is None else None)
-
-
-def _over_time(job: JobRow, attempt: AttemptRow | None, now: float) -> bool:
-    """Whether a job's attempts, with the one that lives, took longer than it may."""
-    limit = job.job.max_duration
-    return limit is not None and job.ran_s + (now - attempt.created_at if attempt is not None else 0.0) > limit

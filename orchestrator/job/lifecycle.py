@@ -91,6 +91,13 @@ class ReasonCode(enum.StrEnum):
     SUBMITTED = "submitted"  # no tick has looked at it yet
     BEHIND_OTHERS = "behind-others"
     INSUFFICIENT_FREE = "insufficient-free"
+    MAKING_ROOM = "making-room"  # others were told to stop for it
+    OVER_QUOTA = "over-quota"
+    ARRAY_FULL = "array-full"  # as many of its array run as may
+    AFTER = "after"  # other jobs come before it
+    PREEMPTED = "preempted"
+    RESIZED = "resized"
+    NODE_DRAINED = "node-drained"
     NO_NODES = "no-nodes"
     DOES_NOT_FIT = "does-not-fit"  # no node has the memory
     GANG_TOO_LARGE = "gang-too-large"

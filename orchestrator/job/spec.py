@@ -9,53 +9,20 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter, field_validator, model_validator
+from pydantic import Field, TypeAdapter, field_validator, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from launch.config import CheckpointSpec, Section, TrainSpec, local_path, resolve_paths, validate
 from launch.document import Document, FieldPath, is_text
 from launch.errors import Refused, SpecError, SpecErrors
 from launch.explain import unknown_key
+from orchestrator.job.fields import MAX_ELEMENTS, SLUG, AtOnce, Duration, Elements, JobId, Priority
 
-PRIORITIES = {"low": -100, "normal": 0, "high": 100}
 MAX_PROCESSES = 65536
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+MAX_AFTER = 1000
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
-
-
-def _seconds(value: Any) -> Any:
-    """`2h`, `30m`, `90s`, `1d` or a number of seconds."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", value.strip())
-        if match is None:
-            raise Refused(f"`{value}` is not a duration", code="bad-duration", hint="write 90s, 30m, 2h or 1d")
-        return float(match[1]) * UNITS[match[2]]
-    return value
-
-
-def _priority(value: Any) -> Any:
-    if isinstance(value, str):
-        if value not in PRIORITIES:
-            near = get_close_matches(value, PRIORITIES, n=1, cutoff=0.5)
-            raise Refused(
-                f"`{value}` is not a priority",
-                code="unknown-value",
-                hint=(f"did you mean `{near[0]}`? " if near else "") + "write low, normal, high or a whole number",
-            )
-        return PRIORITIES[value]
-    return value
-
-
-DURATION = r"^\d+(\.\d+)?\s*[smhd]$"
-Written = Annotated[float, Field(gt=0)] | Annotated[str, Field(pattern=DURATION)]
-Duration = Annotated[float, Field(gt=0), BeforeValidator(_seconds, json_schema_input_type=Written)]
-Priority = Annotated[
-    int,
-    Field(ge=-1000, le=1000),
-    BeforeValidator(
-        _priority, json_schema_input_type=Annotated[int, Field(ge=-1000, le=1000)] | Literal["low", "normal", "high"]
-    ),
-]
+ENV_ARRAY_INDEX = "TUNEYARD_ARRAY_INDEX"
 
 
 class Resources(Section):
@@ -104,12 +71,22 @@ class FromEnvironment(Section):
     """Name of a variable in the environment of the node's agent."""
 
 
+class ArrayElement(Section):
+    """The place of a job in the array that it was made for."""
+
+    id: JobId
+    """The same for all elements."""
+    index: int = Field(ge=0, lt=MAX_ELEMENTS)
+    at_once: AtOnce | None = None
+    """How many elements may run at the same time; the same for all."""
+
+
 class JobSpec(Section):
     """What every job file may say to the orchestrator; a TrainingJob or a CommandJob says what runs."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    name: Annotated[str, Field(pattern=SLUG)]
     """Lower-case letters, digits and hyphens, at most 63 characters."""
-    queue: str = Field("default", pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+    queue: str = Field("default", pattern=SLUG)
     """The tenant whose share is used."""
     priority: Priority = 0
     """low, normal, high or a whole number; higher starts first."""
@@ -120,6 +97,40 @@ class JobSpec(Section):
     env: dict[Annotated[str, Field(pattern=ENV_NAME)], str | FromEnvironment] = {}
     """Environment variables. A secret is given as {from_env: NAME}, never by value."""
     checkpoint: CheckpointSpec = CheckpointSpec()
+    after: tuple[JobId, ...] = ()
+    """Ids of jobs that must have succeeded before this one starts; if one fails or is cancelled, this one fails."""
+    array: Elements | None = None
+    """Several jobs from one file: how many copies, or lists of values by dotted key, of which all combinations run."""
+    array_at_once: AtOnce | None = None
+    """How many jobs of the array may run at the same time; null for as many as find room."""
+    array_of: SkipJsonSchema[ArrayElement | None] = None
+    """Which element of which array it is; never in a file."""
+
+    @field_validator("after")
+    @classmethod
+    def _once_each(cls, after: tuple[str, ...]) -> tuple[str, ...]:
+        if len(after) > MAX_AFTER:
+            raise Refused(
+                f"`after` names {len(after)} jobs; the most is {MAX_AFTER}",
+                code="out-of-range",
+                hint="let one job come after them all, and others after that",
+            )
+        for index, job_id in enumerate(after):
+            if job_id in after[:index]:
+                raise Refused(f"`after` names {job_id} twice", at=(index,), code="duplicate-value", hint="name it once")
+        return after
+
+    @field_validator("array")
+    @classmethod
+    def _is_expanded(cls, array: Any) -> Any:
+        """A JobSpec is one job: what `job.array` makes of a file's array has none."""
+        if array is not None:
+            raise Refused(
+                "`array` makes several jobs of this file, and here is place for one",
+                code="is-array",
+                hint="queue all with `tuneyard submit`; for a single one, leave it out: --set array=null",
+            )
+        return array
 
     @field_validator("env", mode="before")
     @classmethod
@@ -203,12 +214,36 @@ AnyJob = TrainingJob | CommandJob
 _stored: TypeAdapter[AnyJob] = TypeAdapter(AnyJob)
 
 
+def array_env(job: AnyJob) -> dict[str, str]:
+    """What the environment of a command's ranks says of its place in an array.
+
+    A training has no code of its user's to read it, and with a variable of its own no standby could serve it.
+    """
+    if job.array_of is None or isinstance(job, TrainingJob):
+        return {}
+    return {ENV_ARRAY_INDEX: str(job.array_of.index)}
+
+
 def load_job(document: Document) -> AnyJob:
     """The job that a file describes, its paths absolute against the file's directory.
 
     Raises:
-        SpecErrors: every fault of the file at once.
+        SpecErrors: every fault of the file at once; a file with an `array`, which is for `job.array`.
     """
+    if document.data.get("array_of") is not None:
+        raise document.error(
+            ("array_of",),
+            "`array_of` is the yard's own: it says which element of an array a job is",
+            code="reserved-name",
+            hint="remove it; to make an array, write `array`",
+        )
+    if document.data.get("array_at_once") is not None and "array" not in document.data:
+        raise document.error(
+            ("array_at_once",),
+            "`array_at_once` bounds the jobs of an array, and the file has no `array`",
+            code="inconsistent",
+            hint="add `array`, or remove it",
+        )
     base = (document.path or Path("job.yaml")).absolute().parent
     if _kind(document) is CommandJob:
         job = validate(CommandJob, document)
@@ -260,11 +295,17 @@ def check_submission(data: dict[str, Any]) -> AnyJob:
     Raises:
         SpecErrors: every fault at once, each with its field.
     """
+    document = received(data)
+    return validate(CommandJob, document) if _kind(document) is CommandJob else validate(TrainingJob, document)
+
+
+def received(data: dict[str, Any]) -> Document:
+    """JSON that came over the network. Raises SpecError if a text in it is none that a database can hold."""
     document = Document(path=None, data=data)
     for where, text in _texts(data):
         if not is_text(text):
             raise document.error(where, "a character that is no text", code="not-text", hint="remove it")
-    return validate(CommandJob, document) if _kind(document) is CommandJob else validate(TrainingJob, document)
+    return document
 
 
 def _texts(data: dict[str, Any]) -> Iterator[tuple[FieldPath, str]]:

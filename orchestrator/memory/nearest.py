@@ -11,7 +11,8 @@ from launch.footprint_record import Footprint
 from launch.shape import ModelShape
 from orchestrator.cluster.spec import NodeKind
 from orchestrator.job.spec import TrainingJob
-from orchestrator.memory.search import Choice, Margin, Predict, search, told
+from orchestrator.memory.margin import Margin
+from orchestrator.memory.search import Choice, Predict, search, told
 
 MOST_NODES = 1024
 """Of a kind, when more nodes than there are, are tried."""

@@ -13,7 +13,8 @@ from orchestrator.job.spec import TrainingJob, parse_job
 from orchestrator.memory.alike import Peak
 from orchestrator.memory.calibrate import NOTHING_LEARNED, Score, margin_factor
 from orchestrator.memory.ladder import NOTHING, Relief, eased
-from orchestrator.memory.search import COLD, NONE, Candidate, Margin, candidates, cold, missing, predict_of
+from orchestrator.memory.margin import COLD, NONE, Margin, cold
+from orchestrator.memory.search import Candidate, candidates, missing, predict_of
 from orchestrator.memory.sizing import Sizing
 
 DEVICES: tuple[Device, ...] = ("cuda", "cpu")
@@ -137,7 +138,7 @@ def _found(
     def margin_of(plan: ExecutionPlan) -> Margin:
         if learned is None:
             return NONE
-        return learned.get((sizing.family, plan.engine, plan.allocator)) or cold(sizing.on(plan.device))
+        return learned.get((sizing.family, plan.engine, plan.allocator)) or cold(sizing.on(plan.device), plan)
 
     return [
         one

@@ -17,10 +17,11 @@ from launch.shape import ModelShape
 from orchestrator.cluster.spec import NodeKind
 from orchestrator.job.spec import TrainingJob
 from orchestrator.memory.estimate import Predicted, Side, predict
+from orchestrator.memory.margin import COLD, NONE, Margin, cold
 from orchestrator.memory.plan import MAX_MICRO_BATCH
 from orchestrator.memory.speed import StepTime, Work, step_time, work_of
 
-CPU_FAST = 1.35
+CPU_FAST = 1.6
 """What malloc holds at most, where it keeps what is freed, of what comes and goes and has been in use at once. (Of a
 GPU's allocator the estimate itself tells.)"""
 ZERO_MUST_SAVE = 1.25
@@ -32,26 +33,6 @@ ORDER: tuple[EngineName, ...] = ("single", "ddp", "zero1", "zero2", "zero3")
 Predict = Callable[[Footprint, ExecutionPlan, bool], Predicted]
 """What a rank will hold; last, whether with a copy of the state for checkpoints."""
 
-
-@dataclass(frozen=True)
-class Margin:
-    """Shares added to what is predicted, before it is compared with what there is."""
-
-    static: float = 0.02
-    """On what stays: weights, gradients, the optimizer's state."""
-    dynamic: float = 0.10
-    """On what comes and goes: activations, logits, buffers."""
-
-    def scaled(self, factor: float) -> Margin:
-        """What has been learned is told as a factor of both. What stays is not taken to be less than predicted."""
-        return Margin(self.static * max(0.0, factor), self.dynamic * factor)
-
-
-COLD = Margin()
-"""Before anything has been measured."""
-WIDE = Margin(dynamic=0.20)
-"""The same, where formulas stand in for a trace: their worst cases are further off."""
-NONE = Margin(0.0, 0.0)
 
 STAYS = frozenset(
     {
@@ -157,22 +138,28 @@ def search(
     kinds: Sequence[NodeKind],
     margin: Margin | None = None,
     predict: Predict | None = None,
+    margin_of: Callable[[ExecutionPlan], Margin] | None = None,
 ) -> Choice | None:
     """The best plan of `job` on `kinds`; None where no kind of node takes so many processes of such a job.
 
-    Without a `margin`, the one of a footprint of its kind.
+    With one `margin` for all plans, or one that `margin_of` tells of each; else with that before anything was learned.
     """
     predict = predict or predict_of(job)
-    margin = margin or cold(footprint)
+
+    def wanted(plan: ExecutionPlan) -> Margin:
+        if margin is not None:
+            return margin
+        return margin_of(plan) if margin_of is not None else cold(footprint, plan)
+
     work = work_of(shape, job, footprint)
-    found = list(candidates(job, work, footprint, kinds, lambda _frame: margin, predict))
+    found = list(candidates(job, work, footprint, kinds, wanted, predict))
     if not found:
         return None
     fitting = sorted((one for one in found if one.fits), key=lambda one: one.rank)
     missing = sorted((one for one in found if not one.fits), key=lambda one: one.excess)
     best = (fitting or missing)[0]
     others = _next_best(best, [*fitting, *missing])
-    return Choice(best, others, margin, _reason(job, best, fitting, missing))
+    return Choice(best, others, wanted(best.plan), _reason(job, best, fitting, missing))
 
 
 def candidates(
@@ -192,11 +179,6 @@ def candidates(
             plan, told_of = _largest(job, footprint, frame, kind, margin, predict)
             seconds = step_time(work, job, footprint, plan, kind)
             yield Candidate(plan, kind, told_of, needed(told_of, plan, margin), room_of(kind, world), seconds)
-
-
-def cold(footprint: Footprint) -> Margin:
-    """The margin while nothing has been learned."""
-    return COLD if footprint.source == "traced" else WIDE
 
 
 def predict_of(job: TrainingJob) -> Predict:
@@ -326,11 +308,19 @@ def _largest(
     plan, told_of, fits = at(frame.micro_batch_size)
     if fits or job.train.micro_batch_size is not None:
         return plan, told_of
-    low, high = 0, frame.micro_batch_size  # low fits, if it is any; high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if at(middle)[2] else (low, middle)
-    return at(max(1, low))[:2]
+    # Of one number of passes, the smallest micro-batch splits the rows evenly and holds least; a larger one of fewer
+    # passes may hold less than a smaller one of more. Only within a number of passes is memory monotone.
+    high = frame.micro_batch_size
+    while high > 1:
+        passes = -(-rows // (high - 1))
+        low = -(-rows // passes)
+        if at(low)[2]:
+            while high - low > 1:  # low fits; high does not
+                middle = (low + high) // 2
+                low, high = (middle, high) if at(middle)[2] else (low, middle)
+            return at(low)[:2]
+        high = low
+    return at(1)[:2]
 
 
 def _next_best(best: Candidate, ordered: Iterable[Candidate]) -> tuple[Candidate, ...]:

@@ -1,156 +1,400 @@
-"""One scheduling decision: which waiting gangs start now, where, and why the others wait. Pure.
+"""One scheduling decision: who starts now and where, who makes room, and why others wait. Pure.
 
-Gang or nothing; higher priority first, then first come, first served; the head blocks, so nobody starves.
+Gang or nothing. Composes the order of the queue, places, reservations and pre-emption; see docs/scheduling.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from orchestrator.cluster.model import Option, Placement, Snapshot
-from orchestrator.errors import DoesNotFitError, ImpossibleGangError
-from orchestrator.job.lifecycle import Reason, ReasonCode
-from orchestrator.schedule.place import largest_gang, place
+from orchestrator.cluster.capacity import Capacity, Fit
+from orchestrator.cluster.model import UNKNOWN_NEED, Need
+from orchestrator.job.lifecycle import Reason
+from orchestrator.schedule import explain
+from orchestrator.schedule.gang import Decisions, Gang, Queue, Reservation, Start, Stop, Wait, Why
+from orchestrator.schedule.order import AT_ONCE, Entry, Shape, shape_of, share_of
+from orchestrator.schedule.place import least_room, room_for
+from orchestrator.schedule.preempt import Reach, growths, make_room, sizes
+from orchestrator.schedule.reserve import End, ends_by, reserve
+from orchestrator.schedule.yard import Yard
 
 
-@dataclass(frozen=True)
-class Waiting:
-    """A job that wants to start."""
-
-    job_id: str
-    sequence: int
-    """Order of submission."""
-    priority: int
-    min_processes: int
-    max_processes: int
-    accelerator: str
-    options: tuple[Option, ...] | None = None
-    """Best first; None where nobody knows what the job needs, so that any free slots will do."""
-    misfit: Reason | None = None
-    """Why there are no options."""
+def decide(yard: Yard, now: float) -> Decisions:
+    """What to do now. Gangs that are not named wait behind others; the yard itself is not changed."""
+    yard.refresh(now)
+    return _Pass(yard, now).run()
 
 
-@dataclass(frozen=True)
-class Start:
-    job_id: str
-    placement: Placement
-    option: Option | None = None
-    """The one that was taken."""
+class _Pass:
+    """One look at the whole queue, as far as there is room."""
 
+    def __init__(self, yard: Yard, now: float) -> None:
+        self.yard = yard
+        self.now = now
+        self.free = yard.capacity.copy()
+        self.future: Capacity | None = None
+        """What will be free when all that was told to stop has ended; None while that is the same."""
+        self.lasting: Capacity | None = None
+        """What is free for gangs that outlast the reservation's beginning; None while there is none."""
+        self.reservation: Reservation | None = None
+        self.reserved = 0
+        """Nodes that it is on, as a mask."""
+        self.held = Counter(yard.held)
+        self.settled = Counter(yard.held)
+        """Ranks by queue when all that was told to stop has ended, and what room was made for has started."""
+        self.around: dict[str, _Around] = {}
+        """For queues whose first gang waits for others of its queue."""
+        self.groups = Counter(yard.groups)
+        self.starts: list[Start] = []
+        self.stops: dict[str, Stop] = {}
+        self.waits: list[Wait] = []
+        self.reach: Reach | None = None
+        self.left: int | None = None
+        """Slots that are free now; None where that is to be counted anew."""
+        self.soon: int | None = None
+        """The same of `future`."""
+        self.patient_until = math.inf
+        self.highest = -MANY
+        """Class of those that others could make room for, and the best level in it."""
+        self.best = MANY
 
-@dataclass(frozen=True)
-class Wait:
-    job_id: str
-    reason: Reason
-
-
-Decision = Start | Wait
-
-
-def decide(snapshot: Snapshot, waiting: Sequence[Waiting]) -> list[Decision]:
-    """A decision for every waiting job, in queue order.
-
-    A gang that no idle cluster of these nodes could hold does not block the others: it waits with a reason of
-    its own. Any other gang that does not fit holds back all behind it.
-    """
-    decisions: list[Decision] = []
-    head: Waiting | None = None
-    for job in sorted(waiting, key=lambda job: (-job.priority, job.sequence)):
-        impossible = why_impossible(snapshot, job)
-        if impossible is not None:
-            decisions.append(Wait(job.job_id, impossible))
-            continue
-        if head is not None:
-            decisions.append(Wait(job.job_id, _behind(head)))
-            continue
-        start = first_that_fits(snapshot, job)
-        if start is None:
-            head = job
-            decisions.append(Wait(job.job_id, _no_room(snapshot, job)))
-        else:
-            snapshot = snapshot.with_placement(start.placement)
-            decisions.append(start)
-    return decisions
-
-
-def why_impossible(snapshot: Snapshot, job: Waiting) -> Reason | None:
-    """The reason why the gang could not start even if nothing else ran; None if it could."""
-    if not snapshot.nodes:
-        return Reason(code=ReasonCode.NO_NODES, sentence="the yard has no nodes", remedy="start or join a node")
-    most = largest_gang(snapshot.idle(), job.accelerator)
-    if most >= job.min_processes:
-        return _why_no_memory(snapshot, job)
-    kind = "" if job.accelerator == "any" else f" on {job.accelerator}"
-    return Reason(
-        code=ReasonCode.GANG_TOO_LARGE,
-        sentence=f"the gang needs {_count(job.min_processes)}{kind}; the whole yard holds {most}",
-        remedy=f"ask for at most {_count(most)}" if most else "ask for another accelerator, or add such a node",
-    )
-
-
-def check_possible(snapshot: Snapshot, job: Waiting) -> None:
-    """Raises ImpossibleGangError if no placement on these nodes, all idle, holds the gang."""
-    reason = why_impossible(snapshot, job)
-    if reason is not None:
-        if reason.code == ReasonCode.DOES_NOT_FIT:
-            raise DoesNotFitError(reason.sentence, hint=reason.remedy)
-        others_would_do = largest_gang(snapshot.idle(), "any") >= job.min_processes
-        field = "resources.accelerator" if others_would_do else "resources.num_processes"
-        raise ImpossibleGangError(reason.sentence, field=field, hint=reason.remedy)
-
-
-def _why_no_memory(snapshot: Snapshot, job: Waiting) -> Reason | None:
-    """The reason why the gang has too little memory even on an idle yard; None if it has enough, or nobody knows."""
-    if job.options is None or first_that_fits(snapshot.idle(), job) is not None:
-        return None
-    if job.misfit is not None:
-        return job.misfit
-    return Reason(
-        code=ReasonCode.DOES_NOT_FIT,
-        sentence="no placement on these nodes leaves each process as much memory as it needs",
-        remedy="see `tuneyard plan` for the nearest change that fits, or add a node with more memory",
-    )
-
-
-def first_that_fits(snapshot: Snapshot, job: Waiting) -> Start | None:
-    """The best option for which there is room; without options, the largest gang."""
-    if job.options is None:
-        most = min(job.max_processes, largest_gang(snapshot, job.accelerator))
-        placement = place(snapshot, most, job.accelerator) if most >= job.min_processes else None
-        return Start(job.job_id, placement) if placement is not None else None
-    for option in job.options:
-        placement = place(snapshot, option.processes, job.accelerator, option.need, (option.device,))
-        if placement is not None:
-            return Start(job.job_id, placement, option)
-    return None
-
-
-def _no_room(snapshot: Snapshot, job: Waiting) -> Reason:
-    free = largest_gang(snapshot, job.accelerator)
-    if job.options and free >= job.min_processes:
-        least = min(option.need.host_bytes for option in job.options)
-        return Reason(
-            code=ReasonCode.INSUFFICIENT_FREE,
-            sentence=f"first in the queue; needs {least / 2**30:.1f} GiB of host memory a process, "
-            "which running jobs hold",
-            remedy="starts when running jobs end; cancel one, or ask for fewer processes",
+    def run(self) -> Decisions:
+        self._drain()
+        leaving = [held for held in self.yard.running.values() if held.stopping or held.gang.job_id in self.stops]
+        if leaving:
+            self.future = self.free.copy()
+            for held in leaving:
+                self.future.give(held.placement)
+                self.settled[held.gang.queue] -= held.processes
+        for priority in self.yard.lines:
+            self._class(self.yard.lines.classes[priority])
+        if self.yard.rules.resize:
+            self._grow()
+        times: list[float | None] = [self.patient_until, self._protected_until()]
+        if self.waits:
+            times.append(self.yard.next_level_at())
+        later = [at for at in times if at is not None and self.now < at < math.inf]
+        return Decisions(
+            tuple(self.starts),
+            tuple(self.stops.values()),
+            tuple(self.waits),
+            min(later, default=None),
+            self.reservation,
         )
-    kind = "" if job.accelerator == "any" else f" on {job.accelerator}"
-    return Reason(
-        code=ReasonCode.INSUFFICIENT_FREE,
-        sentence=f"first in the queue; needs {_count(job.min_processes)}{kind} at once, {free} can start now",
-        remedy="starts when running jobs end; cancel one, or ask for fewer processes",
-    )
+
+    def _drain(self) -> None:
+        if not self.yard.drained:
+            return
+        for job_id, held in sorted(self.yard.running.items()):
+            if held.can_stop and any(share.node in self.yard.drained for share in held.placement.shares):
+                self.stops[job_id] = Stop(job_id, Why.DRAINED)
+
+    def _class(self, queues: dict[str, dict[Shape, list[Entry]]]) -> None:
+        """Queues by share, the least first; in a queue the best entry of all its shapes that are not stuck.
+
+        Before all of them those that were stopped to go on at once, so that nobody takes what was left to them.
+        """
+        heads = {name: self._heads(shapes) for name, shapes in queues.items()}
+
+        def turn(name: str) -> tuple[bool, tuple[bool, float], str]:
+            at_once = heads[name][0][0][0] == AT_ONCE
+            return not at_once, share_of(self.yard.queue(name), self.held[name]), name
+
+        turns = {name: turn(name) for name in heads}
+        while turns:
+            name = min(turns, key=turns.__getitem__)
+            line = heads[name]
+            entry, at, shape = line[0]
+            gang = self.yard.waiting[entry[2]]
+            entries = queues[name][shape]
+            if self._try(gang, entry[0]):
+                if at + 1 < len(entries):
+                    heapq.heapreplace(line, _Head((entries[at + 1], at + 1, shape)))
+                else:
+                    heapq.heappop(line)
+            else:
+                heapq.heappop(line)  # what is behind it in its line fits no better
+            if line:
+                turns[name] = turn(name)
+            else:
+                del turns[name]
+
+    def _heads(self, shapes: dict[Shape, list[Entry]]) -> list[_Head]:
+        heads = [_Head((entries[0], 0, shape)) for shape, entries in shapes.items()]
+        heapq.heapify(heads)
+        return heads
+
+    def _try(self, gang: Gang, level: int) -> bool:
+        """Whether to look at the next of its line: it starts, or waits for something of its own."""
+        impossible = self._impossible(gang)
+        if impossible is not None:
+            self.waits.append(Wait(gang.job_id, impossible))
+            return True
+        if gang.group is not None and gang.at_once is not None and self.groups[gang.group] >= gang.at_once:
+            self.waits.append(Wait(gang.job_id, explain.array_full(gang.at_once)))
+            return True
+        queue = self.yard.queue(gang.queue)
+        allowed = self._allowed(queue)
+        around = self.around.get(queue.name)
+        outlasts = around is not None and ends_by(self.yard, gang, self.now) > around.at
+        if around is not None and outlasts:
+            allowed = min(allowed, around.extra)
+        if allowed < gang.min_processes:
+            return self._over_quota(gang, queue, allowed)
+        if self._left() >= gang.min_processes and self._start(gang, allowed):
+            if around is not None and outlasts:
+                around.extra -= self.starts[-1].placement.world_size
+            return True
+        stops: tuple[Stop, ...] = ()
+        if self._reachable(gang, level):
+            if self.future is not None:  # nobody stops to get it what is reserved
+                self.future.shut = self.reserved if self._late(gang) else 0
+            if self._promised(gang, allowed):
+                self.waits.append(Wait(gang.job_id, explain.room_is_made()))
+                return True
+            stops = self._room(gang, level, allowed)
+        if stops:
+            self.waits.append(Wait(gang.job_id, explain.makes_room(stops)))
+            # Who is only expected to take longer stops for one gang of a kind at a time.
+            return all(stop.why is not Why.SHORTER for stop in stops)
+        behind = self.reservation is not None
+        self.waits.append(Wait(gang.job_id, explain.behind() if behind else self._reserved(gang, allowed)))
+        return False
+
+    def _over_quota(self, gang: Gang, queue: Queue, allowed: int) -> bool:
+        """Others of its queue go around the first one, as far as they do not delay it."""
+        if queue.name in self.around:
+            self.waits.append(Wait(gang.job_id, explain.behind()))
+            return False
+        reason = explain.over_quota(gang.min_processes, queue, self.held[queue.name], allowed)
+        self.waits.append(Wait(gang.job_id, reason))
+        if gang.min_processes > self._most(queue):
+            return True
+        leaving = self.held[queue.name] - self.settled[queue.name]
+        at, extra = self.now, allowed + leaving - gang.min_processes
+        ends = sorted((end, job_id, placement.world_size) for end, _, job_id, placement in self._ends(queue.name))
+        for end, _, ranks in ends:
+            if extra >= 0:
+                break
+            at, extra = end, extra + ranks
+        self.around[queue.name] = _Around(at, extra)
+        return False
+
+    def _left(self) -> int:
+        """Slots that are free now."""
+        if self.left is None:
+            self.left = self.free.total(self.free.ground.open)
+        return self.left
+
+    def _reachable(self, gang: Gang, level: int) -> bool:
+        """Whether there could be room for a gang if all that may stopped for it; it may turn out otherwise."""
+        yard = self.yard
+        if yard.rules.preempt and self.now - gang.queued_at < yard.rules.patience_s:
+            self.patient_until = min(self.patient_until, gang.queued_at + yard.rules.patience_s)
+        elif gang.priority >= self.highest:
+            self.best = min(self.best, level)
+        self.highest = max(self.highest, gang.priority)  # classes come one after the other, the highest first
+        if self.soon is None:
+            future = self.future if self.future is not None else self.free
+            self.soon = future.total(future.ground.open)
+        if self.soon >= gang.min_processes:
+            return True
+        if not (yard.rules.preempt or yard.rules.resize):
+            return False
+        if self.reach is None:
+            self.reach = Reach(yard, self.now)
+        stops = self.reach.stops(gang, level, self.settled) if yard.rules.preempt else 0
+        return self.soon + max(stops, self.reach.shrinks(gang)) >= gang.min_processes
+
+    def _late(self, gang: Gang) -> bool:
+        """Whether a gang that starts now may still be there when the reservation begins."""
+        return self.reservation is not None and ends_by(self.yard, gang, self.now) > self.reservation.at
+
+    def _start(self, gang: Gang, allowed: int) -> bool:
+        room = self.lasting if self.lasting is not None and self._late(gang) else self.free
+        found = room_for(room, gang, allowed, consolidate=self.yard.rules.consolidate)
+        if found is None:
+            return False
+        where, option = found
+        need = option.need if option is not None else UNKNOWN_NEED
+        placement = room.placement(where, gang.accelerator, need)
+        self.starts.append(Start(gang.job_id, placement, option))
+        self.left = self.soon = None
+        self.free.take(placement)
+        for other in (self.lasting, self.future):
+            if other is not None:
+                other.take(placement)
+        self._count(gang, placement.world_size)
+        return True
+
+    def _count(self, gang: Gang, ranks: int) -> None:
+        self.held[gang.queue] += ranks
+        self.settled[gang.queue] += ranks
+        if gang.group is not None:
+            self.groups[gang.group] += 1
+
+    def _promised(self, gang: Gang, allowed: int) -> bool:
+        """Room that is being made, which nobody else gets."""
+        if self.future is None:
+            return False
+        found = least_room(self.future, gang, allowed, consolidate=self.yard.rules.consolidate)
+        if found is not None:
+            self._keep(gang, *found)
+        return found is not None
+
+    def _room(self, gang: Gang, level: int, allowed: int) -> tuple[Stop, ...]:
+        """Tell others to stop, if that helps and is allowed."""
+        yard = self.yard
+        if not (yard.rules.preempt or yard.rules.resize):
+            return ()
+        future = self.future if self.future is not None else self.free
+        if self.reach is None:
+            self.reach = Reach(yard, self.now)
+        room = make_room(yard, self.reach, future, gang, level, self.stops, self.settled, allowed, self.now)
+        if room is None:
+            return ()
+        if self.future is None:
+            self.future = self.free.copy()
+        for stop in room.stops:
+            held = yard.running[stop.job_id]
+            self.stops[stop.job_id] = stop
+            self.future.give(held.placement)
+            self.settled[held.gang.queue] -= held.processes - (stop.target or 0)
+        self._keep(gang, room.where, room.need)
+        return room.stops
+
+    def _keep(self, gang: Gang, where: Fit, need: Need) -> None:
+        """Let nobody else have the slots that a gang waits for, those that are free now among them."""
+        assert self.future is not None
+        self.left = self.soon = None
+        self.future.promise(where, gang.accelerator, need)
+        for other in (self.free, self.lasting):
+            if other is not None:
+                other.limit(where, self.future)
+        self._count(gang, sum(ranks for _, ranks in where))
+
+    def _reserved(self, gang: Gang, allowed: int) -> Reason:
+        soon = self.future if self.future is not None else self.free
+        consolidate = self.yard.rules.consolidate
+        shadow = reserve(self.free, soon, self._ends(), gang, allowed, consolidate=consolidate)
+        if shadow is not None:
+            self.reservation, self.lasting, self.reserved = shadow.reservation, shadow.lasting, shadow.nodes
+            self.future = soon.copy()
+            self.soon = None
+        elif least_room(self.yard.idle, gang, allowed, consolidate=consolidate) is None:
+            # Of the ways to run it, those that its queue may have are not those for which there are nodes.
+            found = least_room(self.yard.idle, gang, gang.most, consolidate=consolidate)
+            if found is not None:
+                queue, needs = self.yard.queue(gang.queue), sum(ranks for _, ranks in found[0])
+                return explain.over_quota(needs, queue, self.held[queue.name], allowed)
+        return explain.no_room(self.free, gang)
+
+    def _ends(self, queue: str | None = None) -> Iterator[End]:
+        """Of all that hold slots and are not told to stop, and of those that start now if their end is known; of one
+        queue, or of all."""
+        yard, now = self.yard, self.now
+        for job_id, held in yard.running.items():
+            if held.gang.queue == (queue or held.gang.queue) and not held.stopping and job_id not in self.stops:
+                yield max(now, yard.ends_at(job_id)), held.since, job_id, held.placement
+        for start in self.starts:
+            gang = yard.waiting[start.job_id]
+            known = gang.oracle_s is not None or gang.left_s is not None
+            if known and gang.queue == (queue or gang.queue):
+                yield ends_by(yard, gang, now), now, start.job_id, start.placement
+
+    def _allowed(self, queue: Queue) -> int:
+        """Ranks that a queue may still take: below its ceiling, and not of what others do not lend."""
+        held = self.held[queue.name]
+        most = queue.ceiling - held if queue.ceiling is not None else MANY
+        kept = 0
+        for other in self.yard.queues.values():
+            if other.name != queue.name and not other.lendable and other.guaranteed is not None:
+                kept += max(0, other.guaranteed - self.held[other.name])
+        if kept:
+            own = max(0, (queue.guaranteed or 0) - held)
+            most = min(most, max(own, self.free.total(self.free.ground.open) - kept))
+        return most
+
+    def _most(self, queue: Queue) -> int:
+        """Ranks that a queue may take at most, when all that is lent is free."""
+        kept = sum(
+            other.guaranteed
+            for other in self.yard.queues.values()
+            if other.name != queue.name and not other.lendable and other.guaranteed is not None
+        )
+        most = queue.ceiling if queue.ceiling is not None else MANY
+        if kept:
+            most = min(most, max(queue.guaranteed or 0, self.yard.idle.total(self.yard.idle.ground.open) - kept))
+        return most
+
+    def _impossible(self, gang: Gang) -> Reason | None:
+        consolidate = self.yard.rules.consolidate
+        if gang.misfit is not None:
+            return explain.why_impossible(self.yard.idle, gang, consolidate=consolidate)
+        known, shape = self.yard.impossible, shape_of(gang)
+        if shape not in known:
+            known[shape] = explain.why_impossible(self.yard.idle, gang, consolidate=consolidate)
+        return known[shape]
+
+    def _grow(self) -> None:
+        """Elastic gangs take what nobody waits for."""
+        if self._for_room() or self.stops:
+            return
+        for held in growths(self.yard, self.now):
+            gang = held.gang
+            allowed = held.processes + self._allowed(self.yard.queue(gang.queue))
+            free = self.free.copy()
+            free.give(held.placement)
+            for size in sizes(gang):
+                if size <= held.processes or size > allowed:
+                    continue
+                found = room_for(free, gang, size, consolidate=self.yard.rules.consolidate)
+                if found is not None and sum(ranks for _, ranks in found[0]) == size:
+                    self.stops[gang.job_id] = Stop(gang.job_id, Why.GROW, None, size)
+                    return  # one at a time: the next tick knows better what is free
+
+    def _for_room(self) -> bool:
+        """Whether anybody waits for slots to become free."""
+        return any(wait.reason.code not in explain.NOT_FOR_ROOM for wait in self.waits)
+
+    def _protected_until(self) -> float:
+        """When the first running gang may be stopped, or grow, that may not yet."""
+        yard, rules = self.yard, self.yard.rules
+        elastic = yard.elastic.values() if rules.resize else ()
+        if not self._for_room():
+            times = (held.since + rules.grow_after_s for held in elastic if held.processes < held.gang.max_processes)
+            return min((at for at in times if at > self.now), default=math.inf)
+        sinces = [(held.since, rules.min_run_for_class_s) for held in elastic if held.gang.priority <= self.highest]
+        for rank, alike in yard.ranks.items() if rules.preempt else ():
+            lower = rank[0] < self.highest
+            if lower or (rank[0] == self.highest and yard.queues):
+                sinces += [(held.since, rules.min_run_for_class_s) for held in alike.values()]
+            if lower or (rank[0] == self.highest and -rank[1] > self.best):
+                sinces += [(held.since, rules.min_run_s) for held in alike.values()]
+        return min((since + limit for since, limit in sinces if since + limit > self.now), default=math.inf)
 
 
-def _count(processes: int) -> str:
-    return "1 process" if processes == 1 else f"{processes} processes"
+MANY = 1 << 30
 
 
-def _behind(head: Waiting) -> Reason:
-    return Reason(
-        code=ReasonCode.BEHIND_OTHERS,
-        sentence=f"waits behind {head.job_id}, which is first in the queue",
-        remedy="a higher priority moves it forward",
-    )
+@dataclass(slots=True)
+class _Around:
+    """What the first gang of a queue that is over its quota leaves to others of the queue."""
+
+    at: float
+    """When it starts if others of its queue end as expected."""
+    extra: int
+    """Ranks beside it for those that outlast that."""
+
+
+class _Head(tuple[Entry, int, Shape]):
+    """Compared by the entry alone: shapes have no order."""
+
+    __slots__ = ()
+
+    def __lt__(self, other: object) -> bool:
+        return bool(self[0] < other[0])  # type: ignore[index]

@@ -1,65 +1,180 @@
-"""Where a gang goes: best fit on one node if one is enough, else over as few nodes as will do. Pure."""
+"""Where a gang goes: best fit on one node if one is enough, else on whole nodes of the smallest domain. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launch.contract import NodeShare
-from orchestrator.cluster.model import UNKNOWN_NEED, Need, Node, Placement, Snapshot
+from orchestrator.cluster.capacity import Capacity, Fit, bits
+from orchestrator.cluster.model import UNKNOWN_NEED, Need, Option, Placement
+from orchestrator.schedule.gang import Gang
 
 DEVICES = ("cuda", "cpu")
 """Where both would do, GPUs are taken."""
 
 
 def place(
-    snapshot: Snapshot,
+    capacity: Capacity,
     processes: int,
     accelerator: str,
     need: Need = UNKNOWN_NEED,
     devices: Sequence[str] = DEVICES,
+    *,
+    consolidate: bool = False,
 ) -> Placement | None:
-    """A placement of `processes` ranks on free slots, or None if the whole gang does not fit at once.
+    """A placement of `processes` ranks on free slots, or None if the whole gang does not fit at once."""
+    found = fit(capacity, processes, accelerator, need, devices, consolidate=consolidate)
+    return capacity.placement(found, accelerator, need) if found else None
 
-    A gang never mixes GPUs with CPUs.
+
+def fit(
+    capacity: Capacity,
+    processes: int,
+    accelerator: str,
+    need: Need = UNKNOWN_NEED,
+    devices: Sequence[str] = DEVICES,
+    *,
+    consolidate: bool = False,
+) -> Fit:
+    """Nodes for a gang, empty if there is no room; a gang never mixes GPUs with CPUs.
+
+    To `consolidate`: a gang that a node could hold waits for one, a larger one for whole nodes. Else any slots will
+    do where there is nothing better.
     """
     for device in devices:
-        nodes = [node for node in snapshot.nodes if bool(node.gpus) == (device == "cuda")]
-        shares = _shares(snapshot, nodes, processes, accelerator, need)
-        if shares:
-            return Placement(device=device, shares=shares, host_bytes=need.host_bytes)
+        mask = capacity.taking(device, accelerator)
+        if not mask:
+            continue
+        found = _on_one_node(capacity, mask, processes, accelerator, need) or _on_whole_nodes(
+            capacity, mask, processes, accelerator, need
+        )
+        if not found and not consolidate:
+            found = _anywhere(capacity, mask, processes, accelerator, need)
+        if found:
+            return found
+    return ()
+
+
+def largest_gang(capacity: Capacity, accelerator: str) -> int:
+    """How many ranks could be placed at once, of which nobody knows what they need."""
+    most = 0
+    for device in DEVICES:
+        mask = capacity.taking(device, accelerator)
+        odd = mask & capacity.ground.mixed
+        ones = sum(capacity.room_at(at, accelerator, UNKNOWN_NEED) for at in bits(odd))
+        most = max(most, capacity.total(mask & ~odd) + ones)
+    return most
+
+
+def room_for(
+    capacity: Capacity, gang: Gang, most: int, *, consolidate: bool = False
+) -> tuple[Fit, Option | None] | None:
+    """Where a gang of at most `most` ranks goes in the best way for which there is room; None if in none."""
+    least, most = gang.min_processes, min(most, gang.most)
+    if gang.options is None:
+        if most > least:
+            most = max(least, min(most, largest_gang(capacity, gang.accelerator)))
+        while most >= least:
+            where = fit(capacity, most, gang.accelerator, consolidate=consolidate)
+            if where:
+                return where, None
+            # Elsewhere than on whole nodes, the largest gang that is free always fits.
+            most = most - 1 if consolidate or most == least else least
+        return None
+    for option in gang.options:
+        if option.processes <= most:
+            where = fit(
+                capacity, option.processes, gang.accelerator, option.need, (option.device,), consolidate=consolidate
+            )
+            if where:
+                return where, option
     return None
 
 
-def largest_gang(snapshot: Snapshot, accelerator: str) -> int:
-    """How many ranks `place` could place at once, of which nobody knows what they need."""
-    kinds: dict[bool, int] = {True: 0, False: 0}
-    for node in snapshot.nodes:
-        kinds[bool(node.gpus)] += snapshot.free(node, accelerator)
-    return max(kinds.values())
+def least_room(capacity: Capacity, gang: Gang, most: int, *, consolidate: bool = False) -> tuple[Fit, Need] | None:
+    """Where a gang goes that would start with the fewest ranks, and what each of them needs; None for nowhere."""
+    if gang.options is None:
+        where = fit(capacity, gang.min_processes, gang.accelerator, consolidate=consolidate)
+        return (where, UNKNOWN_NEED) if where else None
+    for option in sorted(gang.options, key=lambda option: option.processes):
+        if option.processes <= min(most, gang.most):
+            where = fit(
+                capacity, option.processes, gang.accelerator, option.need, (option.device,), consolidate=consolidate
+            )
+            if where:
+                return where, option.need
+    return None
 
 
-def _shares(
-    snapshot: Snapshot, nodes: list[Node], processes: int, accelerator: str, need: Need
-) -> tuple[NodeShare, ...]:
-    free = {node.id: snapshot.free(node, accelerator, need) for node in nodes}
-    enough = [node for node in nodes if free[node.id] >= processes]
-    if enough:
-        best = min(enough, key=lambda node: (free[node.id], node.id))
-        return (_share(snapshot, best, processes, accelerator, need),)
-    if sum(free.values()) < processes:
+def _on_one_node(capacity: Capacity, mask: int, processes: int, accelerator: str, need: Need) -> Fit:
+    """The node that has the least room that is enough."""
+    plain = need is UNKNOWN_NEED or not (need.device_bytes or need.host_bytes)
+    for nodes in capacity.with_free[processes:]:
+        for at in bits(nodes & mask):
+            if (plain and not capacity.ground.mixed >> at & 1) or capacity.room_at(at, accelerator, need) >= processes:
+                return ((at, processes),)
+    return ()
+
+
+def _on_whole_nodes(capacity: Capacity, mask: int, processes: int, accelerator: str, need: Need) -> Fit:
+    """Idle nodes of one size, the largest of which there are enough, and the rest where least is left."""
+    of_size = capacity.ground.of_size
+    for size in sorted((size for size, nodes in of_size.items() if size and nodes & mask), reverse=True):
+        if processes <= size:
+            if need == UNKNOWN_NEED:
+                break  # a node could hold it
+            continue  # such a node has the slots, but perhaps not the memory
+        found = _on_whole_nodes_of(size, capacity, mask, processes, accelerator, need)
+        if found:
+            return found
+    return ()
+
+
+def _on_whole_nodes_of(size: int, capacity: Capacity, mask: int, processes: int, accelerator: str, need: Need) -> Fit:
+    """In the smallest domain that has so much."""
+    ground = capacity.ground
+    whole, rest = divmod(processes, size)
+    idle = capacity.with_free[size] & ground.of_size[size] & mask
+    if idle.bit_count() < whole:
         return ()
-    shares: list[NodeShare] = []
-    left = processes
-    for node in sorted(nodes, key=lambda node: (-free[node.id], node.id)):
-        taken = min(left, free[node.id])
-        if taken:
-            shares.append(_share(snapshot, node, taken, accelerator, need))
-            left -= taken
-    return tuple(shares)
+    for level in ground.domains:
+        enough = [one for one in level if (idle & one).bit_count() >= whole]
+        for domain in sorted(enough, key=lambda one: ((idle & one).bit_count(), one)):
+            taken: list[tuple[int, int]] = []
+            for at in bits(idle & domain):
+                if capacity.room_at(at, accelerator, need) >= size:
+                    taken.append((at, size))
+                    if len(taken) == whole:
+                        break
+            if len(taken) < whole:
+                continue
+            if not rest:
+                return tuple(taken)
+            left = mask & domain
+            for at, _ in taken:
+                left &= ~(1 << at)
+            last = _on_one_node(capacity, left, rest, accelerator, need)
+            if last:
+                return (*taken, *last)
+    return ()
 
 
-def _share(snapshot: Snapshot, node: Node, processes: int, accelerator: str, need: Need) -> NodeShare:
-    gpus = snapshot.free_gpus(node, accelerator, need)[:processes]
-    # CPU ranks of one gang divide the cores that are there; other gangs' ranks may compete for them.
-    threads = max(1, node.cores // processes)
-    return NodeShare(node=node.id, address=node.address, processes=processes, gpus=gpus, threads=threads)
+def _anywhere(capacity: Capacity, mask: int, processes: int, accelerator: str, need: Need) -> Fit:
+    """Over as few nodes as will do, in the smallest domain that has so much."""
+    if capacity.total(mask) < processes:
+        return ()
+    for level in capacity.ground.domains:
+        totals = sorted((capacity.total(one & mask), one) for one in level)
+        for total, domain in totals:
+            if total < processes:
+                continue
+            taken: list[tuple[int, int]] = []
+            left = processes
+            for nodes in capacity.with_free[:0:-1]:
+                for at in bits(nodes & mask & domain):
+                    ranks = min(left, capacity.room_at(at, accelerator, need))
+                    if ranks:
+                        taken.append((at, ranks))
+                        left -= ranks
+                        if not left:
+                            return tuple(taken)
+    return ()

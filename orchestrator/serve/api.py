@@ -1,13 +1,13 @@
-"""The REST API: jobs, events, logs, pause, cancel. Every request needs the yard's token, but for /healthz."""
+"""The REST API: jobs, events, logs, pause, cancel; queues and nodes are in `administration`. Every request needs the
+yard's token, but for /healthz."""
 
 from __future__ import annotations
 
 import hmac
-import re
 import secrets
 import string
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
@@ -16,11 +16,13 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field, ValidationError
 
 from launch import __version__
+from launch.config import Section, validate
 from launch.contract import GitState, Origin
-from orchestrator.cluster.model import Snapshot
-from orchestrator.cluster.status import StandbyReport
+from orchestrator.cluster.capacity import Capacity
+from orchestrator.cluster.model import UNKNOWN_NEED, Node
 from orchestrator.control.loop import Controller
-from orchestrator.control.wishes import waiting
+from orchestrator.control.rules import rules_of
+from orchestrator.control.wishes import gang_of_new
 from orchestrator.errors import (
     ConflictError,
     ExecutorError,
@@ -31,20 +33,29 @@ from orchestrator.errors import (
     TuneyardError,
     UnauthorizedError,
 )
-from orchestrator.job.spec import AnyJob, check_submission
+from orchestrator.job.fields import JOB_ID as ID
+from orchestrator.job.fields import MAX_ELEMENTS, Priority
+from orchestrator.job.spec import AnyJob, check_submission, received
 from orchestrator.memory.options import factors_of
 from orchestrator.memory.plan import plan
 from orchestrator.memory.sizing import Sizing
-from orchestrator.schedule.decide import Waiting, check_possible, first_that_fits
+from orchestrator.schedule.explain import check_possible
+from orchestrator.schedule.gang import Gang
+from orchestrator.schedule.place import room_for
+from orchestrator.serve.administration import administer
+from orchestrator.serve.names import JobId
+from orchestrator.serve.outlook import foresee
 from orchestrator.serve.views import attempt_view, job_view
-from orchestrator.views import AttemptView, DryRun, EventView, JobView, NodeView
+from orchestrator.store.jobs import NewJob
+from orchestrator.store.rows import NodeMark
+from orchestrator.views import AttemptView, DryRun, EventView, JobView
 
 MAX_BODY = 1 << 20
+MAX_ARRAY = 1 << 24
 MAX_LOG = 1 << 20
 MAX_SIZING = 1 << 18
 MAX_OFFSET = 1 << 40
 MAX_EVENT = (1 << 63) - 1
-JOB_ID = re.compile(r"[a-z0-9-]{1,80}")
 STATUS: dict[type[TuneyardError], int] = {
     NotFoundError: 404,
     ConflictError: 409,
@@ -53,25 +64,19 @@ STATUS: dict[type[TuneyardError], int] = {
     StoreError: 503,
     ExecutorError: 503,
 }
+SUBMISSION = 'a submission is {"job": {...}} with Content-Type: application/json'
+HINTS = {
+    "/v1/jobs": SUBMISSION,
+    "/v1/jobs:dry-run": SUBMISSION,
+    "/v1/arrays": 'an array is {"elements": [{"job": {...}}, ...]} with Content-Type: application/json',
+}
 ID_ALPHABET = string.ascii_lowercase + string.digits
 
 
-def _job_id(job_id: str) -> str:
-    """An id that a job can have. Raises NotFoundError for any other, before a database sees it."""
-    if not JOB_ID.fullmatch(job_id):
-        raise NotFoundError(f"there is no job {job_id[:80]!r}", field="job", hint="see `tuneyard ls`")
-    return job_id
-
-
-JobId = Annotated[str, Depends(_job_id)]
-
-
-class Submission(BaseModel):
+class Wish(BaseModel):
     """A job, validated by whoever submits it and again here."""
 
     job: dict[str, Any]
-    git: GitState | None = None
-    """Of the job file, as its reader saw it."""
     sizing: Annotated[str, Field(max_length=MAX_SIZING)] | None = None
     """memory.sizing.Sizing as JSON, made where the model's files are."""
 
@@ -88,6 +93,22 @@ class Submission(BaseModel):
                 field="sizing",
                 hint="are client and yard of one version?",
             ) from problem
+
+
+class Submission(Wish):
+    git: GitState | None = None
+    """Of the job file, as its reader saw it."""
+
+
+class ArraySubmission(BaseModel):
+    """The elements of one array, in order: all are stored, or none."""
+
+    elements: Annotated[list[Wish], Field(min_length=1, max_length=MAX_ELEMENTS)]
+    git: GitState | None = None
+
+
+class PriorityChange(Section):
+    priority: Priority
 
 
 def create_app(controller: Controller, token: str) -> FastAPI:
@@ -108,11 +129,12 @@ def create_app(controller: Controller, token: str) -> FastAPI:
     @app.middleware("http")
     async def limit_body(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         length = request.headers.get("content-length", "0")
-        if request.method == "POST" and (
-            not length.isdigit() or int(length) > MAX_BODY or "transfer-encoding" in request.headers
+        most = MAX_ARRAY if request.url.path == "/v1/arrays" else MAX_BODY
+        if request.method in ("POST", "PUT") and (
+            not length.isdigit() or int(length) > most or "transfer-encoding" in request.headers
         ):
             error = TuneyardError(
-                f"a request has a length, and at most {MAX_BODY} bytes",
+                f"a request has a length, and at most {most} bytes",
                 code="too-large",
                 hint="a job file names its data; it does not hold them",
             )
@@ -127,14 +149,14 @@ def create_app(controller: Controller, token: str) -> FastAPI:
         return JSONResponse({"error": told[0], "errors": told}, status_code=status)
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(_request: Request, problem: RequestValidationError) -> JSONResponse:
+    async def malformed(request: Request, problem: RequestValidationError) -> JSONResponse:
         first = problem.errors()[0]
         field = ".".join(part for part in first["loc"][1:] if isinstance(part, str)) or None
         error = TuneyardError(
             f"{field}: {first['msg']}" if field else first["msg"],
             code="bad-request",
             field=field,
-            hint='a submission is {"job": {...}} with Content-Type: application/json',
+            hint=HINTS.get(request.url.path, "a body is a JSON object, with Content-Type: application/json"),
         )
         return JSONResponse({"error": error.as_dict()}, status_code=400)
 
@@ -155,34 +177,49 @@ def create_app(controller: Controller, token: str) -> FastAPI:
     def submit(submission: Submission) -> JobView:
         job = check_submission(submission.job)
         sizing = submission.read_sizing()
-        check_possible(Snapshot(nodes=tuple(executor.nodes())), _wish(controller, job, sizing))
-        suffix = "".join(secrets.choice(ID_ALPHABET) for _ in range(5))
-        row = store.add_job(f"{job.name}-{suffix}", job, time.time(), Origin(git=submission.git), sizing)
+        _check_possible(controller, [(job, sizing)])
+        row = store.add_job(_new_id(job), job, time.time(), Origin(git=submission.git), sizing)
         controller.wake.set()
         return job_view(row)
+
+    @guarded.post("/arrays", status_code=201)
+    def submit_array(submission: ArraySubmission) -> list[JobView]:
+        """All elements of an array, in their order."""
+        wishes = [(check_submission(one.job), one.read_sizing()) for one in submission.elements]
+        _check_array([job for job, _ in wishes])
+        _check_possible(controller, wishes)
+        origin = Origin(git=submission.git)
+        rows = store.add_jobs([NewJob(_new_id(job), job, origin, sizing) for job, sizing in wishes], time.time())
+        controller.wake.set()
+        return [job_view(row) for row in rows]
 
     @guarded.post("/jobs:dry-run")
     def dry_run(submission: Submission) -> DryRun:
         job = check_submission(submission.job)
         wish = _wish(controller, job, submission.read_sizing())
         nodes = tuple(executor.nodes())
-        check_possible(Snapshot(nodes=nodes), wish)
-        snapshot = Snapshot.of(nodes, [attempt.held for attempt in store.live_attempts()])
-        now = first_that_fits(snapshot, wish)
-        best = now or first_that_fits(snapshot.idle(), wish)
+        closed = _closed(store.node_marks(), nodes)
+        check_possible(Capacity(nodes), wish)
+        capacity = Capacity.of(nodes, [attempt.held for attempt in store.live_attempts()], closed)
+        pending = store.check_after(job.after)
+        consolidate = rules_of(controller.settings).consolidate
+        now = None if pending else room_for(capacity, wish, wish.most, consolidate=consolidate)
+        idle = Capacity(nodes)
+        best = now or room_for(idle, wish, wish.most)
         assert best is not None  # it is possible
-        there = best.placement
-        chosen = (
-            best.option.plan
-            if best.option
-            else plan(job, there.world_size, "cuda" if there.device == "cuda" else "cpu")
-        )
-        waits = None if now else "no room for the whole gang now; it would wait its turn"
-        return DryRun(placement=now.placement if now else None, plan=chosen, waits=waits)
+        where, option = best
+        there = (capacity if now else idle).placement(where, wish.accelerator, option.need if option else UNKNOWN_NEED)
+        chosen = option.plan if option else plan(job, there.world_size, "cuda" if there.device == "cuda" else "cpu")
+        waits = "no room for the whole gang now; it would wait its turn"
+        if pending:
+            waits = f"it would wait until {pending[0]} has succeeded" + (", and others" if len(pending) > 1 else "")
+        return DryRun(placement=there if now else None, plan=chosen, waits=None if now else waits)
 
     @guarded.get("/jobs")
-    def jobs(limit: Annotated[int, Query(ge=1, le=10_000)] = 1000) -> list[JobView]:
-        return [job_view(row) for row in store.jobs(limit=limit)]
+    def jobs(
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 1000, array: Annotated[str | None, Query(pattern=ID)] = None
+    ) -> list[JobView]:
+        return [job_view(row) for row in store.jobs(array=array, limit=limit)]
 
     @guarded.get("/jobs/{job_id}")
     def job(job_id: JobId) -> JobView:
@@ -245,25 +282,56 @@ def create_app(controller: Controller, token: str) -> FastAPI:
         controller.wake.set()
         return job_view(row)
 
-    @guarded.get("/nodes")
-    def nodes() -> list[NodeView]:
-        seen = executor.nodes()
-        snapshot = Snapshot.of(seen, (attempt.held for attempt in store.live_attempts()))
-        standbys = executor.standbys()
-        return [
-            NodeView(
-                **node.model_dump(),
-                free=snapshot.free(node, "any"),
-                standbys=standbys.get(node.id, StandbyReport()),
-            )
-            for node in seen
-        ]
+    @guarded.post("/jobs/{job_id}/priority")
+    def priority(job_id: JobId, body: dict[str, Any]) -> JobView:
+        wanted = validate(PriorityChange, received(body)).priority
+        row = store.set_priority(job_id, wanted, time.time())
+        controller.wake.set()
+        return job_view(row)
 
+    administer(guarded, controller)
+    foresee(guarded, controller)
     app.include_router(guarded)
     return app
 
 
-def _wish(controller: Controller, job: AnyJob, sizing: str | None) -> Waiting:
+def _new_id(job: AnyJob) -> str:
+    return f"{job.name}-{''.join(secrets.choice(ID_ALPHABET) for _ in range(5))}"
+
+
+def _wish(controller: Controller, job: AnyJob, sizing: str | None) -> Gang:
     """A job that is not stored, as the scheduler would see it."""
     factors = factors_of(controller.store.forecasts()) if sizing is not None else ()
-    return waiting("new", 0, job, sizing=sizing, nodes=controller.executor.nodes(), factors=factors)
+    return gang_of_new("new", job, sizing=sizing, nodes=controller.executor.nodes(), factors=factors)
+
+
+def _check_possible(controller: Controller, wishes: Iterable[tuple[AnyJob, str | None]]) -> None:
+    """Raises ImpossibleGangError or DoesNotFitError for what no placement on an idle yard holds."""
+    nodes = tuple(controller.executor.nodes())
+    # The elements of an array ask for much the same: what differs in its name alone is looked at once.
+    alike = {
+        (job.model_copy(update={"name": "new", "array_of": None}).model_dump_json(), sizing): job
+        for job, sizing in wishes
+    }
+    factors = factors_of(controller.store.forecasts()) if any(sizing is not None for _, sizing in alike) else ()
+    for (_, sizing), job in alike.items():
+        check_possible(Capacity(nodes), gang_of_new("new", job, sizing=sizing, nodes=nodes, factors=factors))
+
+
+def _closed(marks: Iterable[NodeMark], nodes: Sequence[Node]) -> list[str]:
+    """Ids of the nodes on which nothing starts."""
+    marked = {mark.name for mark in marks}
+    return [node.id for node in nodes if node.name in marked]
+
+
+def _check_array(jobs: Sequence[AnyJob]) -> None:
+    """Raises SpecError unless these are all elements of one array, in order."""
+    places = [job.array_of for job in jobs]
+    first = places[0]
+    if first is None or places != [first.model_copy(update={"index": index}) for index in range(len(jobs))]:
+        raise SpecError(
+            "these are not all elements of one array, in order",
+            code="inconsistent",
+            field="elements",
+            hint="each has `array_of`: the same id and at_once, and indices from 0 on; `tuneyard submit` writes them",
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -43,11 +45,35 @@ class JobRow(Row):
     checkpoint: LastCheckpoint | None = None
     sizing: str | None = None
     relief: Relief | None = None
+    served_s: float = 0.0
+    """Processes x seconds of the attempts that have ended."""
+    preemptions: int = 0
+    queued_at: float | None = None
+    """When its present wait began."""
+    waited_s: float = 0.0
+    """Of the waits before that."""
+    target: int | None = None
+    """It was stopped to go on at once, with so many processes at most."""
+    array_id: str | None = None
+    array_at_once: int | None = None
+    version: int = 0
+    """Higher after every write to the row."""
 
     @cached_property
     def job(self) -> AnyJob:
-        """The validated JobSpec."""
+        """The validated JobSpec. What a job may be given later (its priority) is told by the row alone."""
         return parse_job(self.spec)
+
+    def renewed(self, columns: Mapping[str, Any]) -> JobRow:
+        """The same job as its `columns` are now; those in FIXED are not among them, and are not parsed again."""
+        row = JobRow.model_validate({**columns, **{name: getattr(self, name) for name in FIXED}})
+        if "job" in self.__dict__:
+            row.__dict__["job"] = self.job
+        return row
+
+
+FIXED = ("spec", "origin")
+"""Columns of a job that nobody writes to after it was stored."""
 
 
 class AttemptRow(Row):
@@ -61,6 +87,10 @@ class AttemptRow(Row):
     ended_at: float | None
     last_contact: float
     stop: StopRequest | None
+    preempted_by: str | None = None
+    """The job for whose sake it was stopped."""
+    target: int | None = None
+    """With how many processes the job is to go on at once after it."""
     outcome: str | None
     predicted: dict[str, Any] | None = None
     progress: ProgressLine | None
@@ -88,6 +118,55 @@ class EventRow(Row):
     time: float
     kind: str
     data: dict[str, Any]
+
+
+class QueueRow(Row):
+    """A queue's share; the defaults are those of a queue of which nothing was said."""
+
+    name: str
+    weight: float = 1.0
+    guaranteed: int | None = None
+    """Processes that are its own; None for none."""
+    ceiling: int | None = None
+    """Most processes that it may hold, with what it borrows; None for no limit."""
+    lendable: bool = True
+    """Whether others may have what it leaves idle of its guarantee."""
+
+
+class QueueUse(Row):
+    """What the live jobs of a queue do."""
+
+    running: int = 0
+    """Jobs with an attempt."""
+    waiting: int = 0
+    held: int = 0
+    """Processes that have a place."""
+
+
+class Mark(enum.StrEnum):
+    """What an administrator has said of a node."""
+
+    CORDONED = "cordoned"  # it gets no new attempts
+    DRAINED = "drained"  # and those on it go elsewhere
+
+
+class NodeMark(Row):
+    name: str
+    mark: Mark
+    reason: str | None = None
+    since: float
+
+
+class HistoryRow(Row):
+    """How long a job ran that has ended."""
+
+    queue: str
+    name: str
+    processes: int
+    ran_s: float
+    """All attempts together."""
+    succeeded: bool
+    time: float
 
 
 class Lease(Row):

@@ -19,7 +19,7 @@ from sqlalchemy import (
     Text,
 )
 
-HEAD = "0004"
+HEAD = "0005"
 
 metadata = MetaData(
     naming_convention={
@@ -57,7 +57,19 @@ jobs = Table(
     Column("checkpoint", JSON, nullable=True),  # job.checkpoint.LastCheckpoint
     Column("sizing", Text, nullable=True),  # memory.sizing.Sizing as JSON, where its model is known
     Column("relief", JSON, nullable=True),  # memory.ladder.Relief, once it has run out of memory
-    Index("ix_jobs_state", "state"),
+    # Processes x seconds of the attempts that have ended: what fair shares are counted in.
+    Column("served_s", Float, nullable=False, server_default="0"),
+    Column("preemptions", Integer, nullable=False, server_default="0"),  # stops for the sake of another job
+    Column("queued_at", Float, nullable=True),  # when its present wait began
+    Column("waited_s", Float, nullable=False, server_default="0"),  # of the waits before
+    Column("target", Integer, nullable=True),  # stopped to go on at once with so many processes at most
+    Column("array_id", String(80), nullable=True),  # the same for all elements of an array
+    Column("array_at_once", Integer, nullable=True),  # how many of them may run at the same time
+    # Every UPDATE of a row raises it, so that who has read the row once knows whether it has to be read again.
+    Column("version", Integer, nullable=False, server_default="0", onupdate=sa.text("version + 1")),
+    # Covers what every tick reads of jobs that have not changed: the rows themselves are long.
+    Index("ix_jobs_state", "state", "sequence", "id", "version"),
+    Index("ix_jobs_array_id", "array_id"),
 )
 
 attempts = Table(
@@ -73,6 +85,8 @@ attempts = Table(
     Column("ended_at", Float, nullable=True),
     Column("last_contact", Float, nullable=False),  # when its agents last answered
     Column("stop", JSON, nullable=True),  # StopRequest that was sent
+    Column("preempted_by", String(80), nullable=True),  # the job for whose sake it was sent
+    Column("target", Integer, nullable=True),  # with how many processes the job is to go on after it
     Column("outcome", String(20), nullable=True),
     Column("predicted", JSON(none_as_null=True), nullable=True),  # memory.options.Forecast
     Column("progress", JSON, nullable=True),  # newest ProgressLine of rank 0
@@ -110,6 +124,42 @@ peaks = Table(
     Column("attempt", Integer, nullable=False),
     Column("time", Float, nullable=False),
     Index("ix_peaks_key", "key"),
+)
+
+# What an administrator has said of queues; any other has the defaults.
+queues = Table(
+    "queues",
+    metadata,
+    Column("name", String(63), primary_key=True),
+    Column("weight", Float, nullable=False, server_default="1"),
+    Column("guaranteed", Integer, nullable=True),  # processes that are its own
+    Column("ceiling", Integer, nullable=True),  # most processes that it may hold, with what it borrows
+    Column("lendable", Boolean, nullable=False, server_default=sa.true()),  # others may have what it leaves idle
+)
+
+# Nodes that get no new attempts, by name: that outlives the node's restart.
+node_marks = Table(
+    "node_marks",
+    metadata,
+    Column("name", String(255), primary_key=True),
+    Column("mark", String(20), nullable=False),  # rows.Mark
+    Column("reason", Text, nullable=True),
+    Column("since", Float, nullable=False),
+)
+
+# How long jobs ran that have ended: what is expected of the next one is learned from it.
+history = Table(
+    "history",
+    metadata,
+    Column("id", Integer, Identity(), primary_key=True),
+    Column("queue", String(63), nullable=False),
+    Column("name", String(63), nullable=False),
+    Column("processes", Integer, nullable=False),
+    Column("ran_s", Float, nullable=False),  # all attempts together
+    Column("succeeded", Boolean, nullable=False),
+    Column("time", Float, nullable=False),
+    Index("ix_history_queue", "queue"),
+    Index("ix_history_time", "time"),
 )
 
 leases = Table(

@@ -21,6 +21,7 @@ from orchestrator.job.lifecycle import (
 )
 from orchestrator.memory.alike import Peak
 from orchestrator.store import schema
+from orchestrator.store.rows import HistoryRow
 
 
 class Transaction:
@@ -41,6 +42,11 @@ class Transaction:
                 sa.select(table.c.state).where(table.c.id == job_id).with_for_update()
             ).scalar_one()
         )
+        if old != state and state == JobState.QUEUED:
+            columns["queued_at"] = now
+        elif old != state and old == JobState.QUEUED:
+            began = sa.func.coalesce(table.c.queued_at, table.c.submitted_at)
+            columns["waited_s"] = table.c.waited_s + (now - began)
         if old != state:
             check_job_transition(job_id, old, state, self._story(job_id))
             self.event(job_id, None, now, f"job-{state}", {"reason": reason.model_dump(mode="json")})
@@ -111,16 +117,26 @@ class Transaction:
             columns["ended_at"] = now
         self._connection.execute(table.update().where(mine).values(state=state, **columns))
 
-    def count_attempt(self, job_id: str, number: int, now: float, *, failed: bool) -> None:
-        """Count an attempt that ends: its time, and whether it uses up one of the job's restarts."""
+    def count_attempt(self, job_id: str, number: int, now: float, *, failed: bool, processes: int) -> None:
+        """Count an attempt of so many processes that ends: its time, and whether it uses up one of the restarts."""
         jobs, attempts = schema.jobs, schema.attempts
         mine = (attempts.c.job_id == job_id) & (attempts.c.number == number)
         created = self._connection.execute(sa.select(attempts.c.created_at).where(mine)).scalar_one()
+        ran = now - created
         self._connection.execute(
             jobs.update()
             .where(jobs.c.id == job_id)
-            .values(ran_s=jobs.c.ran_s + (now - created), failures=jobs.c.failures + int(failed))
+            .values(
+                ran_s=jobs.c.ran_s + ran,
+                served_s=jobs.c.served_s + ran * processes,
+                failures=jobs.c.failures + int(failed),
+            )
         )
+
+    def count_preemption(self, job_id: str) -> None:
+        """Count that a job was stopped for the sake of another."""
+        table = schema.jobs
+        self._connection.execute(table.update().where(table.c.id == job_id).values(preemptions=table.c.preemptions + 1))
 
     def note_checkpoints(
         self, job_id: str, number: int, lines: Sequence[ProgressLine], offset: int, directory: str
@@ -159,9 +175,19 @@ class Transaction:
             table.update().where(table.c.job_id == job_id, table.c.number == number).values(**columns)
         )
 
-    def set_stop(self, job_id: str, number: int, request: StopRequest, now: float) -> None:
-        """Remember the stop message before it is sent."""
-        self.set_attempt(job_id, number, AttemptState.STOPPING, now, stop=dumps(request))
+    def set_stop(
+        self,
+        job_id: str,
+        number: int,
+        request: StopRequest,
+        now: float,
+        preempted_by: str | None = None,
+        target: int | None = None,
+    ) -> None:
+        """Remember the stop message before it is sent, the job for whose sake it is, and with how many processes the
+        stopped one is to go on at once."""
+        told = {"preempted_by": preempted_by, "target": target}
+        self.set_attempt(job_id, number, AttemptState.STOPPING, now, stop=dumps(request), **told)
 
     def set_sizing(self, job_id: str, sizing: str) -> None:
         """A memory.sizing.Sizing as JSON, that is better than the one before."""
@@ -170,6 +196,10 @@ class Transaction:
     def add_peak(self, peak: Peak) -> None:
         """What an attempt needed of memory."""
         self._connection.execute(schema.peaks.insert().values(**dumps(peak)))
+
+    def add_history(self, row: HistoryRow) -> None:
+        """How long a job ran that ends."""
+        self._connection.execute(schema.history.insert().values(**row.model_dump()))
 
     def event(self, job_id: str | None, attempt: int | None, now: float, kind: str, data: dict[str, Any]) -> None:
         self._connection.execute(

@@ -88,7 +88,7 @@ def data(source: str) -> str:
 
 
 KEYS = [
-    Bad("unknown-key", at_top("colour: red"), "unknown-key", "colour", "the keys here are: adapter, checkpoint"),
+    Bad("unknown-key", at_top("colour: red"), "unknown-key", "colour", "the keys here are: adapter, after, array"),
     Bad("unknown-key-nested", in_train("colour: red"), "unknown-key", "train.colour", "adam_beta1, adam_beta2"),
     Bad("near-miss", in_train("learning_rat: 1"), "unknown-key", "train.learning_rat", "mean `learning_rate`?"),
     Bad("foreign-name", in_train("num_train_epochs: 1"), "unknown-key", "train.num_train_epochs", "mean `epochs`?"),
@@ -109,6 +109,12 @@ KEYS = [
 ]  # fmt: skip
 
 VALUES = [
+    Bad("no-id-to-come-after", at_top("after: [spam-x1y2z, Spam]"), "bad-name", "after[1]", "`tuneyard submit`"),
+    Bad("after-twice", at_top("after: [spam-x1y2z, spam-x1y2z]"), "duplicate-value", "after[1]", "name it once"),
+    Bad("array-for-one-job", at_top("array: 3"), "is-array", "array", "--set array=null"),
+    Bad("no-array", at_top("array: three"), "wrong-type", "array", "a whole number, or a section of names and values"),
+    Bad("bound-without-an-array", at_top("array_at_once: 3"), "inconsistent", "array_at_once", "add `array`"),
+    Bad("place-in-an-array", at_top("array_of: {id: a, index: 0}"), "reserved-name", "array_of", "write `array`"),
     Bad("text-for-a-number", training(("max_steps: 10", f"max_steps: ten {HERE}")),
         "wrong-type", "train.max_steps", "write a whole number", message='is "ten"'),
     Bad("fraction-for-a-whole-number", training(("max_steps: 10", f"max_steps: 1.5 {HERE}")),

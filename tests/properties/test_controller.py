@@ -11,7 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from launch.attempt import ExitCode
 from launch.contract import CheckpointNote, ProgressLine, RankExit, RunContract, StopRequest
-from orchestrator.cluster.model import Node, Placement, Snapshot
+from orchestrator.cluster.model import Node, Placement
 from orchestrator.cluster.status import AttemptStatus, NodeReport
 from orchestrator.control.loop import Controller
 from orchestrator.errors import ConflictError, ExecutorError
@@ -252,9 +252,9 @@ class AnythingGoes(RuleBasedStateMachine):
 
     @invariant()
     def no_slot_is_held_twice(self) -> None:
-        snapshot = Snapshot.of(NODES, (attempt.held for attempt in self.store.live_attempts()))
+        shares = [share for attempt in self.store.live_attempts() for share in attempt.held.shares]
         for node in NODES:
-            assert snapshot.used_slots.get(node.id, 0) <= node.cpu_slots
+            assert sum(share.processes for share in shares if share.node == node.id) <= node.cpu_slots
 
     @invariant()
     def a_job_has_one_live_attempt_at_most_and_only_while_it_is_live(self) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import http.server
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch.contract import GitState, Origin
+from launch.document import parse_document
 from orchestrator import client as module
 from orchestrator.client import Client
 from orchestrator.control.loop import Controller
@@ -28,8 +31,9 @@ from orchestrator.errors import (
     YardError,
 )
 from orchestrator.execute.local import free_port
+from orchestrator.job.array import expand
 from orchestrator.job.lifecycle import JobState
-from orchestrator.job.spec import CommandJob
+from orchestrator.job.spec import AnyJob, CommandJob
 from tests.builders import a_command_job, a_training_job
 from tests.served import SLOTS, TOKEN, a_client, a_controller, listening
 
@@ -98,6 +102,74 @@ def test_an_ended_job_cannot_be_cancelled(client: Client, controller: Controller
     with controller.store.acting(lease) as write:
         write.set_job(view.id, JobState.FAILED, view.reason, 1.0)
     refused(ConflictError, lambda: client.cancel(view.id))
+
+
+def an_array(count: int, **keys: Any) -> list[AnyJob]:
+    text = json.dumps({"name": "job", "run": ["true"], "array": count} | keys)
+    return [element.job for element in expand(parse_document(text), "x")]
+
+
+def test_an_array_arrives_whole_and_is_followed_to_its_end(client: Client, controller: Controller) -> None:
+    client.submit(a_command_job())
+    jobs = an_array(3, array_at_once=2)
+    git = GitState(commit="0123456789" * 4, dirty=True, path="jobs/job.yaml")
+    views = client.submit_array(jobs, git)
+    assert [controller.store.job(view.id).job for view in views] == jobs
+    assert controller.store.job(views[2].id).origin == Origin(git=git)
+    assert client.jobs(array="job-x") == views
+    looks = client.follow_array("job-x")
+    assert next(looks) == views
+    lease = controller.store.acquire_lease("test", time.time(), 60)
+    assert lease is not None
+    for index, view in enumerate(views):
+        with controller.store.acting(lease) as write:
+            write.set_job(view.id, JobState.FAILED, view.reason, 1.0)
+        states = [one.state.final for one in next(looks)]
+        assert states == [number <= index for number in range(3)]
+    assert list(looks) == []
+    client.submit_array(an_array(1))
+    with pytest.raises(YardError, match="array job-x has not ended"):
+        list(client.follow_array("job-x", timeout=0.0))
+
+
+def test_of_an_impossible_array_nothing_is_stored(client: Client, controller: Controller) -> None:
+    jobs = an_array(2, array={"resources.num_processes": [1, 64]})
+    refused(ImpossibleGangError, lambda: client.submit_array(jobs))
+    refused(NotFoundError, lambda: client.submit_array(an_array(2, after=["none-such"])))
+    assert controller.store.jobs() == []
+
+
+def test_a_priority_is_set_by_word_or_number(client: Client) -> None:
+    job = client.submit(a_command_job()).id
+    assert [client.set_priority(job, wanted).priority for wanted in ("high", -3)] == [100, -3]
+    problem = refused(SpecError, lambda: client.set_priority(job, "urgent"))
+    assert (problem.code, problem.field) == ("unknown-value", "priority")
+    refused(NotFoundError, lambda: client.set_priority("none-such", 1))
+
+
+def test_queues_are_set_and_forgotten(client: Client) -> None:
+    view = client.set_queue("q", {"weight": 2, "guaranteed": 1})
+    assert (view.weight, view.guaranteed, view.ceiling, view.configured) == (2.0, 1, None, True)
+    assert client.queues() == [view]
+    assert client.set_queue("q", {"guaranteed": None}).guaranteed is None
+    problem = refused(SpecError, lambda: client.set_queue("q", {"weight": 0}))
+    assert (problem.code, problem.field) == ("out-of-range", "weight")
+    client.delete_queue("q")
+    refused(NotFoundError, lambda: client.delete_queue("q"))
+    assert client.queues() == []
+
+
+def test_nodes_are_marked_and_let_go(client: Client) -> None:
+    (node,) = client.nodes()
+    assert client.mark_node(node.name, "cordon").mark == "cordoned"
+    assert client.mark_node(node.name, "drain", "a disk").reason == "a disk"
+    (seen,) = client.nodes()
+    assert (seen.mark, seen.mark_reason, seen.free) == ("drained", "a disk", 0)
+    client.uncordon(node.name)
+    problem = refused(ConflictError, lambda: client.uncordon(node.name))
+    assert (problem.code, problem.field) == ("not-marked", "node")
+    refused(NotFoundError, lambda: client.mark_node("none-such", "drain"))
+    assert client.nodes() == [node]
 
 
 def test_a_wrong_token_is_unauthorized(client: Client) -> None:

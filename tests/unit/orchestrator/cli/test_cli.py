@@ -37,7 +37,7 @@ def test_help_names_every_verb_and_status(tuneyard: Callable[..., tuple[int, str
     assert status == 0
     for verb in (
         "init", "run", "reproduce", "up", "down", "submit", "ls", "describe", "logs", "wait", "pause", "resume",
-        "cancel", "nodes", "doctor",
+        "cancel", "priority", "queues", "nodes", "cordon", "drain", "uncordon", "doctor",
     ):  # fmt: skip
         assert re.search(rf"\b{verb}\b", out)
     assert "5 cancelled" in " ".join(out.split())
@@ -114,7 +114,8 @@ TRAINING = {
     [
         {"priority": "high"}, {"priority": 7}, {"max_duration": "2h"}, {"max_duration": 90}, {"max_duration": "1.5 d"},
         {"resources": {"num_processes": "2..8"}}, {"resources": {"num_processes": 3}},
-        {"env": {"A": "b", "KEY": {"from_env": "KEY"}}}, {"max_duration": None},
+        {"env": {"A": "b", "KEY": {"from_env": "KEY"}}}, {"max_duration": None}, {"after": ["a-1", "b"]},
+        {"array": None},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("base", [COMMAND, TRAINING], ids=["command", "training"])
@@ -130,7 +131,9 @@ def test_what_the_schema_accepts_the_program_accepts(
     [
         {"colour": 1}, {"priority": "urgent"}, {"priority": 5000}, {"max_duration": "two hours"}, {"max_duration": 0},
         {"name": "Bad Name"}, {"resources": {"num_processes": 0}}, {"resources": {"num_processes": "many"}},
-        {"resources": []}, {"retry": {"max_restarts": -1}}, {"env": {"A": 1}}, {"queue": "../q"},
+        {"resources": []}, {"retry": {"max_restarts": -1}}, {"env": {"A": 1}}, {"queue": "../q"}, {"after": "a-1"},
+        {"after": ["A"]}, {"array": 0}, {"array": {}}, {"array": {"a": []}}, {"array": [1]}, {"array_at_once": 0},
+        {"array_of": {"id": "a", "index": 0}},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("base", [COMMAND, TRAINING], ids=["command", "training"])
@@ -200,7 +203,8 @@ def test_a_damaged_record_of_a_yard_is_no_traceback(
     "verb",
     [
         ["ls"], ["nodes"], ["describe", "x"], ["pause", "x"], ["resume", "x"], ["cancel", "x"], ["logs", "x"],
-        ["wait", "x"],
+        ["wait", "x"], ["priority", "x", "low"], ["queues"], ["queues", "set", "x", "--weight", "1"],
+        ["queues", "rm", "x"], ["cordon", "x"], ["drain", "x"], ["uncordon", "x"],
     ],
 )  # fmt: skip
 def test_without_a_yard_every_verb_says_so(verb: list[str], tuneyard: Callable[..., tuple[int, str, str]]) -> None:

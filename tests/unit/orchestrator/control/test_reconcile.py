@@ -18,7 +18,8 @@ from launch.contract import (
     RunContract,
     StopRequest,
 )
-from orchestrator.cluster.model import Placement, Snapshot
+from orchestrator.cluster.capacity import Capacity
+from orchestrator.cluster.model import Placement
 from orchestrator.cluster.status import AttemptStatus, NodeReport
 from orchestrator.control.actions import (
     EndAttempt,
@@ -33,7 +34,8 @@ from orchestrator.control.actions import (
     StartAgain,
     StartAttempt,
 )
-from orchestrator.control.reconcile import Facts, Policy, State, reconcile
+from orchestrator.control.facts import Facts, Policy, State
+from orchestrator.control.reconcile import reconcile
 from orchestrator.job.checkpoint import LastCheckpoint
 from orchestrator.job.lifecycle import (
     AttemptState,
@@ -72,7 +74,7 @@ def a_row(job_id: str = "job-1", state: JobState = JobState.QUEUED, **changes: A
 def an_attempt(
     state: AttemptState = AttemptState.RUNNING, processes: int = 2, nodes: tuple = (NODE,), **changes: Any
 ) -> AttemptRow:
-    placement = place(Snapshot(nodes=nodes), processes, "any")
+    placement = place(Capacity(nodes=nodes), processes, "any")
     assert isinstance(placement, Placement)
     contract = RunContract(
         run_id="job-1.1", job_id="job-1", attempt=1, plan=plan(a_command_job(processes), processes, "cpu"),

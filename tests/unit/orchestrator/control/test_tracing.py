@@ -143,7 +143,9 @@ def test_a_tight_job_waits_for_its_trace_and_starts_with_it(yard: Controller) ->
     (attempt,) = yard.store.attempts("job-1")
     assert attempt.predicted is not None
     forecast = Forecast.model_validate(attempt.predicted)
-    assert 0 < forecast.peak_bytes < attempt.held.host_bytes <= (TIGHT.memory_bytes or 0)
+    # With the margin, and without the pages of code, which processes share.
+    assert forecast.peak_bytes == pytest.approx(attempt.held.host_bytes, rel=0.05)
+    assert 0 < attempt.held.host_bytes <= (TIGHT.memory_bytes or 0)
     assert attempt.plan.micro_batch_size == 32, "by formulas it had been fewer"
     assert len(tracer(yard).asked) == 3
 

@@ -13,9 +13,10 @@ from orchestrator.job.spec import TrainingJob, dump_job
 from orchestrator.memory.alike import Peak
 from orchestrator.memory.estimate import predict
 from orchestrator.memory.ladder import Relief
+from orchestrator.memory.margin import NONE
 from orchestrator.memory.options import Factors, Forecast, Ways, factors_of, kinds_of, ways
 from orchestrator.memory.plan import plan as first_plan
-from orchestrator.memory.search import NONE, needed
+from orchestrator.memory.search import needed
 from orchestrator.memory.sizing import Sizing, sizing_of
 from tests.builders import a_node, a_training_job
 

@@ -13,9 +13,10 @@ from orchestrator.cluster.gpus import GIB, gpu_type
 from orchestrator.cluster.spec import NodeKind, with_gpus
 from orchestrator.job.spec import TrainingJob
 from orchestrator.memory.estimate import Predicted, Side
+from orchestrator.memory.margin import Margin
 from orchestrator.memory.nearest import nearest
 from orchestrator.memory.plan import plan as first_plan
-from orchestrator.memory.search import CPU_FAST, Choice, Margin, needed, placements, search, why_not
+from orchestrator.memory.search import CPU_FAST, Choice, needed, placements, search, why_not
 from orchestrator.memory.speed import step_time, traffic, work_of
 from tests.builders import a_training_job
 

@@ -61,7 +61,7 @@ def typed(answer: Any, status: int, code: str, field: str | None = None) -> dict
 
 
 ROUTES = [
-    (method.upper(), path.replace("{job_id}", "job-1"))
+    (method.upper(), path.replace("{job_id}", "job-1").replace("{name}", "name"))
     for path, methods in api.create_app(cast(Controller, SimpleNamespace(store=None, executor=None)), TOKEN)
     .openapi()["paths"]
     .items()
@@ -71,8 +71,8 @@ ROUTES = [
 
 def test_the_routes_are_found() -> None:
     paths = {path for _, path in ROUTES}
-    assert {"/healthz", "/v1/jobs", "/v1/jobs/job-1/logs", "/v1/nodes"} <= paths
-    assert len(ROUTES) == 12
+    assert {"/healthz", "/v1/jobs", "/v1/jobs/job-1/logs", "/v1/nodes", "/v1/queues/name"} <= paths
+    assert len(ROUTES) == 23
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json"])
@@ -99,7 +99,7 @@ def test_the_api_describes_itself_to_nobody(http: TestClient, path: str) -> None
 def test_no_route_answers_without_the_token(http: TestClient, route: tuple[str, str], header: str | None) -> None:
     http.headers.pop("Authorization")
     headers = {} if header is None else {"Authorization": header.encode("latin-1")}
-    answer = http.request(*route, headers=headers, json={"job": JOB} if route[0] == "POST" else None)
+    answer = http.request(*route, headers=headers, json={"job": JOB} if route[0] in ("POST", "PUT") else None)
     error = typed(answer, 401, "unauthorized")
     assert "Authorization: Bearer TOKEN" in error["hint"]
     assert TOKEN not in answer.text
@@ -202,9 +202,10 @@ def test_an_unknown_job_is_not_found(http: TestClient, path: str) -> None:
     typed(http.get(f"/v1/jobs/none-such{path}"), 404, "not-found", "job")
 
 
-@pytest.mark.parametrize("what", ["cancel", "pause", "resume"])
+@pytest.mark.parametrize("what", ["cancel", "pause", "resume", "priority"])
 def test_asking_something_of_an_unknown_job(http: TestClient, what: str) -> None:
-    typed(http.post(f"/v1/jobs/none-such/{what}"), 404, "not-found", "job")
+    body = {"priority": 1} if what == "priority" else None
+    typed(http.post(f"/v1/jobs/none-such/{what}", json=body), 404, "not-found", "job")
 
 
 def test_an_unknown_route_is_typed_too(http: TestClient) -> None:
@@ -278,6 +279,108 @@ def test_a_queued_job_is_paused_resumed_and_cancelled(http: TestClient, controll
         "submitted", "pause-requested", "job-paused", "resume-requested", "job-queued", "pause-requested", "job-paused",
         "cancel-requested", "job-cancelled",
     ]  # fmt: skip
+
+
+def test_a_priority_is_as_in_a_job_file(http: TestClient, controller: Controller) -> None:
+    job = submit(http).json()["id"]
+    controller.wake.clear()
+    for wanted, found in ((7, 7), ("low", -100), (-1000, -1000), ("high", 100)):
+        answer = http.post(f"/v1/jobs/{job}/priority", json={"priority": wanted})
+        assert (answer.status_code, answer.json()["priority"]) == (200, found)
+    assert controller.wake.is_set()
+    http.post(f"/v1/jobs/{job}/cancel")
+    controller.step()
+    assert typed(http.post(f"/v1/jobs/{job}/priority", json={"priority": 1}), 409, "already-ended")["hint"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "field"),
+    [
+        (None, 400, "bad-request", None),
+        ([], 400, "bad-request", None),
+        ({}, 422, "missing-key", "priority"),
+        ({"priority": "hihg"}, 422, "unknown-value", "priority"),
+        ({"priority": "7"}, 422, "unknown-value", "priority"),
+        ({"priority": 1001}, 422, "out-of-range", "priority"),
+        ({"priority": -1001}, 422, "out-of-range", "priority"),
+        ({"priority": 1.5}, 422, "wrong-type", "priority"),
+        ({"priority": True}, 422, "wrong-type", "priority"),
+        ({"priority": None}, 422, "wrong-type", "priority"),
+        ({"priority": 1, "queue": "q"}, 422, "unknown-key", "queue"),
+        ({"priority": "\x00"}, 422, "not-text", "priority"),
+    ],
+)
+def test_what_is_no_priority_changes_nothing(
+    http: TestClient, controller: Controller, body: Any, status: int, code: str, field: str | None
+) -> None:
+    job = submit(http).json()["id"]
+    assert typed(http.post(f"/v1/jobs/{job}/priority", json=body), status, code, field)["hint"]
+    assert controller.store.job(job).priority == 0
+
+
+def test_a_job_waits_for_those_it_comes_after(http: TestClient, controller: Controller) -> None:
+    first = submit(http).json()["id"]
+    told = http.post("/v1/jobs:dry-run", json={"job": TRAINING | {"after": [first]}}).json()
+    assert (told["placement"], told["waits"]) == (None, f"it would wait until {first} has succeeded")
+    assert submit(http, after=[first]).status_code == 201
+    http.post(f"/v1/jobs/{first}/cancel")
+    controller.step()
+    for path in ("/v1/jobs", "/v1/jobs:dry-run"):
+        for after, status, code in ((first, 409, "dependency-ended"), ("none-such", 404, "not-found")):
+            answer = http.post(path, json={"job": JOB | {"after": [after]}})
+            assert typed(answer, status, code, "after")["hint"]
+    assert len(controller.store.jobs()) == 2
+
+
+def elements(count: int, **keys: Any) -> list[dict[str, Any]]:
+    """Of an array, as `tuneyard submit` sends them."""
+    of = [{"id": "job-x", "index": index, "at_once": 2} for index in range(count)]
+    return [{"job": JOB | {"name": f"job-{place['index']}", "array_of": place} | keys} for place in of]
+
+
+def test_an_array_is_stored_whole(http: TestClient, controller: Controller) -> None:
+    submit(http)
+    answer = http.post("/v1/arrays", json={"elements": elements(3), "git": {"commit": "0" * 40, "dirty": False}})
+    assert answer.status_code == 201
+    views = answer.json()
+    assert [view["name"] for view in views] == ["job-0", "job-1", "job-2"]
+    assert {view["array_id"] for view in views} == {"job-x"}
+    assert controller.wake.is_set()
+    assert http.get("/v1/jobs?array=job-x").json() == views
+    row = controller.store.job(views[1]["id"])
+    assert (row.array_at_once, row.origin and row.origin.git and row.origin.git.commit) == (2, "0" * 40)
+    assert len(http.get("/v1/jobs").json()) == 4
+
+
+TWICE = [elements(2)[0], elements(2)[0]]
+ARRAYS: list[tuple[Any, int, str, str | None]] = [
+    ({}, 400, "bad-request", "elements"),
+    ({"elements": []}, 400, "bad-request", "elements"),
+    ({"elements": [{}]}, 400, "bad-request", "elements.job"),
+    ({"elements": elements(1) * 1001}, 400, "bad-request", "elements"),
+    ({"elements": [{"job": JOB}]}, 422, "inconsistent", "elements"),
+    ({"elements": TWICE}, 422, "inconsistent", "elements"),
+    ({"elements": elements(2)[::-1]}, 422, "inconsistent", "elements"),
+    ({"elements": elements(2, array=2)}, 422, "is-array", "array"),
+    ({"elements": elements(2, array_of={"id": "A", "index": 0})}, 422, "bad-name", "array_of.id"),
+    ({"elements": elements(2, array_of={"id": "a", "index": -1})}, 422, "out-of-range", "array_of.index"),
+    ({"elements": elements(2, resources={"num_processes": 64})}, 422, "impossible-gang", "resources.num_processes"),
+    ({"elements": elements(2, after=["none-such"])}, 404, "not-found", "after"),
+    ({"elements": [*elements(1), *elements(2, colour="red")[1:]]}, 422, "unknown-key", "colour"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "code", "field"), ARRAYS, ids=[str(body[0])[:60] for body in ARRAYS])
+def test_of_a_bad_array_nothing_is_stored(
+    http: TestClient, controller: Controller, body: Any, status: int, code: str, field: str | None
+) -> None:
+    assert typed(http.post("/v1/arrays", json=body), status, code, field)["hint"]
+    assert controller.store.jobs() == []
+
+
+def test_an_array_may_be_larger_than_a_job_and_has_a_bound(http: TestClient) -> None:
+    assert http.post("/v1/arrays", json={"elements": elements(3, env={"A": "x" * 500_000})}).status_code == 201
+    typed(http.post("/v1/arrays", content=b" " * (api.MAX_ARRAY + 1)), 413, "too-large")
 
 
 def test_a_dry_run_stores_nothing_and_says_where_and_how(http: TestClient, controller: Controller) -> None:
@@ -422,13 +525,14 @@ values = st.recursive(
 )
 KEYS = [
     "name", "run", "env", "queue", "priority", "resources", "retry", "max_duration", "strategy", "working_dir",
-    "checkpoint", "model", "data", "train", "adapter", "offload", "trackers", "output_dir", "extra",
+    "checkpoint", "model", "data", "train", "adapter", "offload", "trackers", "output_dir", "extra", "after", "array",
+    "array_at_once", "array_of",
 ]  # fmt: skip
 SECTIONS = {
     "resources": ["num_processes", "accelerator"], "retry": ["max_restarts"], "checkpoint": ["every_steps"],
     "model": ["name_or_path", "task", "dropout"], "data": ["train", "split", "max_length", "test"],
     "train": ["max_steps", "epochs", "learning_rate", "global_batch_size", "early_stopping", "seed"],
-    "adapter": ["r", "target_modules"], "env": ["A", "HF_TOKEN", "TUNEYARD_X"],
+    "adapter": ["r", "target_modules"], "env": ["A", "HF_TOKEN", "TUNEYARD_X"], "array_of": ["id", "index", "at_once"],
 }  # fmt: skip
 sensible = st.sampled_from(
     ["job", "true", "2..4", "1..99", "2h", "high", "auto", "zero2", "a.csv", 1, 2, 64, 0.1, ["true"]]
@@ -469,7 +573,7 @@ def test_no_job_body_is_a_500(target: tuple[Controller, TestClient], job: dict[s
     dry = http.post("/v1/jobs:dry-run", content=body, headers=JSON)
     answer = http.post("/v1/jobs", content=body, headers=JSON)
     stored = len(controller.store.jobs(limit=10_000)) - before
-    assert (answer.status_code, stored) in ((201, 1), (422, 0)), answer.text
+    assert (answer.status_code, stored) in ((201, 1), (422, 0), (404, 0)), answer.text  # 404: comes after no job
     assert (dry.status_code == 200) == (answer.status_code == 201)
     if stored:
         view = http.get(f"/v1/jobs/{answer.json()['id']}")

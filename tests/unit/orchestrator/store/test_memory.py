@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from launch.contract import RunContract, dumps
-from orchestrator.cluster.model import Placement, Snapshot
+from orchestrator.cluster.capacity import Capacity
+from orchestrator.cluster.model import Placement
 from orchestrator.job.lifecycle import JobState, Reason, ReasonCode
 from orchestrator.memory.alike import Peak
 from orchestrator.memory.ladder import Relief, Rung, Taken
@@ -78,7 +79,7 @@ def test_what_a_job_needs_is_stored_with_it_and_replaced_by_what_is_better(store
 
 
 def a_start(job_id: str) -> tuple[RunContract, Placement]:
-    placement = place(Snapshot(nodes=(a_node(),)), 2, "any")
+    placement = place(Capacity(nodes=(a_node(),)), 2, "any")
     assert placement is not None
     contract = RunContract(
         run_id=f"{job_id}.1", job_id=job_id, attempt=1, plan=plan(a_training_job(2), 2, "cpu"),

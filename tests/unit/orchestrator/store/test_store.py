@@ -15,7 +15,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from launch.contract import CheckpointNote, ProgressLine, RunContract, StopRequest
-from orchestrator.cluster.model import Placement, Snapshot
+from orchestrator.cluster.capacity import Capacity
+from orchestrator.cluster.model import Placement
 from orchestrator.errors import (
     ConflictError,
     IllegalTransitionError,
@@ -42,7 +43,7 @@ def lease_of(store: Store, holder: str = "me", now: float = 0.0) -> Lease:
 
 
 def a_start(job_id: str = "a-1", number: int = 1) -> tuple[RunContract, Placement]:
-    placement = place(Snapshot(nodes=(a_node(),)), 2, "any")
+    placement = place(Capacity(nodes=(a_node(),)), 2, "any")
     assert placement is not None
     contract = RunContract(
         run_id=f"{job_id}.{number}", job_id=job_id, attempt=number, plan=plan(a_command_job(2), 2, "cpu"),
@@ -65,6 +66,18 @@ def test_migrations_agree_with_the_tables(url: str) -> None:
     with store.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), schema.metadata) == []
     assert migrate.newest() == schema.HEAD
+    store.close()
+
+
+def test_migrations_lead_back(url: str) -> None:
+    store = Store(url)
+    migrate.upgrade(store.engine)
+    store.add_job("a-1", a_command_job(), 1.0)
+    command.downgrade(migrate.config(store.engine), "0004")
+    migrate.upgrade(store.engine)
+    with store.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), schema.metadata) == []
+    assert [row.id for row in store.jobs(live=True)] == ["a-1"]
     store.close()
 
 
@@ -132,12 +145,12 @@ def test_an_attempts_life(store: Store) -> None:
     assert attempt.stop == StopRequest(reason="r", deadline=9.0)
     with store.acting(lease) as write:
         write.set_attempt("a-1", 1, AttemptState.ENDED, 5.0, outcome="stopped")
-        write.count_attempt("a-1", 1, 5.0, failed=False)
+        write.count_attempt("a-1", 1, 5.0, failed=False, processes=2)
         write.set_job("a-1", JobState.CANCELLED, WHY, 5.0, result={"x": 1})
     assert store.live_attempts() == []
     row = store.job("a-1")
     assert (row.state, row.started_at, row.finished_at, row.result) == (JobState.CANCELLED, 2.0, 5.0, {"x": 1})
-    assert (row.ran_s, row.failures) == (3.0, 0)
+    assert (row.ran_s, row.served_s, row.failures) == (3.0, 6.0, 0)
     assert store.jobs(live=True) == []
 
 
@@ -180,8 +193,9 @@ def test_failures_and_time_add_up(store: Store) -> None:
         with store.acting(lease) as write:
             write.add_attempt(*a_start(number=number), begun)
             write.set_attempt("a-1", number, AttemptState.ENDED, ended, outcome="crashed")
-            write.count_attempt("a-1", number, ended, failed=number != 2)
-    assert (store.job("a-1").failures, store.job("a-1").ran_s) == (2, 5.0)
+            write.count_attempt("a-1", number, ended, failed=number != 2, processes=number)
+    row = store.job("a-1")
+    assert (row.failures, row.ran_s, row.served_s) == (2, 5.0, 3.0 * 1 + 1.5 * 2 + 0.5 * 3)
 
 
 def test_what_is_no_number_is_stored_all_the_same(store: Store) -> None:
@@ -261,9 +275,11 @@ def test_a_database_of_an_earlier_version_is_brought_up(url: str) -> None:
     row = store.job("a-1")
     assert (row.failures, row.ran_s, row.pause_requested, row.checkpoint) == (1, 3.0, False, None)
     assert (row.relief, row.sizing, store.peaks(["k"]), store.forecasts()) == (None, None, [], [])
+    assert (row.served_s, row.preemptions, row.array_id, row.array_at_once, row.version) == (6.0, 0, None, None, 0)
+    assert (store.queues(), store.node_marks(), store.history()) == ([], [], [])
     (attempt,) = store.live_attempts()
-    assert (attempt.progress_offset, attempt.predicted) == (0, None)
-    assert store.request_pause("a-1", 9.0).pause_requested
+    assert (attempt.progress_offset, attempt.predicted, attempt.preempted_by) == (0, None, None)
+    assert store.request_pause("a-1", 9.0).version == 1
     store.close()
 
 

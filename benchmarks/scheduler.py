@@ -1,0 +1,207 @@
+"""What a decision costs: 10,000 queued gangs on 1,000 nodes of 8 GPUs, and from a tenth to ten times as many.
+
+    python -m benchmarks.scheduler [--plot scheduler.png] [--largest]
+
+A tick is what the controller's does: gangs end, others arrive, the yard is told, `decide` is asked, and what it starts
+and stops is told to the yard. A full re-plan is `decide` after history has changed its mind about every job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import random
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from orchestrator.cluster.capacity import RACK_LABEL, SPINE_LABEL
+from orchestrator.cluster.model import Gpu, Node
+from orchestrator.schedule.decide import decide
+from orchestrator.schedule.gang import Decisions, Gang, Held, Queue
+from orchestrator.schedule.history import Ran
+from orchestrator.schedule.yard import Yard
+
+TENANTS = 20
+GPUS = 8
+SIZES = {1: 0.45, 2: 0.15, 4: 0.12, 8: 0.15, 16: 0.06, 32: 0.03, 64: 0.02, 128: 0.01, 256: 0.007, 512: 0.003}
+GRID = ((1_000, 100), (3_000, 300), (10_000, 1_000), (30_000, 3_000), (100_000, 10_000))
+MAIN = (10_000, 1_000)
+LIMITS = {"decisions_per_s": 1_000.0, "tick_p99_ms": 10.0, "replan_p99_ms": 250.0, "exponent": 1.2}
+ENDS = 5
+"""Gangs that end in a tick, and that arrive."""
+TICK_S = 5.0
+
+
+@dataclass
+class Costs:
+    """Seconds, of one size of world."""
+
+    queued: int
+    nodes: int
+    fill_decisions_per_s: float
+    tick_p50: float
+    tick_p99: float
+    replan_p50: float
+    replan_p99: float
+
+
+class World:
+    """A yard that is full, with as many gangs waiting as asked for."""
+
+    def __init__(self, queued: int, nodes: int, seed: int = 0) -> None:
+        self.draw = random.Random(seed)
+        gpus = tuple(Gpu(index=index, type="H100") for index in range(GPUS))
+        self.nodes = [
+            Node(
+                id=f"n{number:05}", name=f"n{number:05}", address="127.0.0.1", cores=64, cpu_slots=0, gpus=gpus,
+                labels={RACK_LABEL: f"r{number // 16}", SPINE_LABEL: f"s{number // 256}"},
+            )
+            for number in range(nodes)
+        ]  # fmt: skip
+        shares = [Queue(f"t{tenant}", weight=1.0 + tenant % 3) for tenant in range(TENANTS)]
+        self.yard = Yard(self.nodes, queues=shares)
+        for _ in range(2_000):
+            name = f"t{self.draw.randrange(TENANTS)}"
+            self.yard.history.add(Ran(name, "job", self.size(), self.draw.lognormvariate(7.0, 2.0)))
+        self.now, self.sequence = 0.0, 0
+        self.sizes = [size for size in SIZES if size <= nodes * GPUS // 4]
+        for _ in range(queued):
+            self.arrive()
+
+    def size(self) -> int:
+        return self.draw.choices(list(SIZES), list(SIZES.values()))[0]
+
+    def arrive(self) -> None:
+        self.sequence += 1
+        size = min(self.size(), self.sizes[-1])
+        tenant = f"t{self.draw.randrange(TENANTS)}"
+        priority = self.draw.choices((-100, 0, 100), (0.1, 0.85, 0.05))[0]
+        self.yard.wait(
+            Gang(f"j{self.sequence}", self.sequence, priority, size, size, "gpu", queue=tenant, name="job",
+                 queued_at=self.now)
+        )  # fmt: skip
+
+    def apply(self, decisions: Decisions) -> int:
+        for stop in decisions.stops:
+            held = self.yard.release(stop.job_id)
+            ran = held.gang.ran_s + self.now - held.since
+            self.yard.wait(replace(held.gang, queued_at=self.now, ran_s=ran, evictions=held.gang.evictions + 1))
+        for start in decisions.starts:
+            self.yard.hold(Held(self.yard.waiting[start.job_id], start.placement, self.now))
+        return len(decisions.starts) + len(decisions.stops)
+
+    def tick(self) -> None:
+        self.now += TICK_S
+        running = list(self.yard.running)
+        for job_id in self.draw.sample(running, min(ENDS, len(running))):
+            self.yard.release(job_id)
+        for _ in range(ENDS):
+            self.arrive()
+        self.apply(decide(self.yard, self.now))
+
+
+def measure(queued: int, nodes: int, ticks: int, replans: int) -> Costs:
+    world = World(queued, nodes)
+    gc.collect()
+    gc.freeze()  # what is there stays, so that a collection does not count as a decision
+    began = time.perf_counter()
+    decided = world.apply(decide(world.yard, world.now))
+    fill_s = time.perf_counter() - began
+    for _ in range(queued - len(world.yard.waiting)):
+        world.arrive()
+    tick_s = []
+    for _ in range(ticks):
+        # Choosing who ends and who arrives is the benchmark's own, and is timed with the rest: it is little.
+        began = time.perf_counter()
+        world.tick()
+        tick_s.append(time.perf_counter() - began)
+    replan_s = []
+    for _ in range(replans):
+        world.yard.history.version += 1
+        began = time.perf_counter()
+        decide(world.yard, world.now)
+        replan_s.append(time.perf_counter() - began)
+    gc.unfreeze()
+    return Costs(
+        queued, nodes, decided / fill_s, *_quantiles(tick_s), *_quantiles(replan_s)
+    )  # fmt: skip
+
+
+def _quantiles(seconds: list[float]) -> tuple[float, float]:
+    ordered = sorted(seconds)
+    return ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, math.ceil(len(ordered) * 0.99) - 1)]
+
+
+def exponent(rows: list[Costs], cost: str) -> float:
+    """By which power the cost grows with n log n: 1 is proportional to it. Least squares over the logarithms."""
+    points = [(math.log(row.queued * math.log(row.queued)), math.log(getattr(row, cost))) for row in rows]
+    mean_x = sum(x for x, _ in points) / len(points)
+    mean_y = sum(y for _, y in points) / len(points)
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+
+
+def draw_plot(rows: list[Costs], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    sizes = [row.queued for row in rows]
+    for cost, label in (("tick_p99", "tick, p99"), ("replan_p99", "full re-plan, p99")):
+        axes.loglog(sizes, [getattr(row, cost) * 1e3 for row in rows], marker="o", label=label)
+    first = rows[0]
+    scale = first.replan_p99 * 1e3 / (first.queued * math.log(first.queued))
+    axes.loglog(sizes, [scale * size * math.log(size) for size in sizes], linestyle=":", label="n log n")
+    axes.set_xlabel("queued gangs (a tenth as many nodes of 8 GPUs)")
+    axes.set_ylabel("ms")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plot", type=Path, help="Write the costs as a picture.")
+    parser.add_argument("--ticks", type=int, default=500)
+    parser.add_argument("--replans", type=int, default=100)
+    parser.add_argument("--only-main", action="store_true", help="Only 10,000 on 1,000 nodes.")
+    arguments = parser.parse_args()
+    rows = []
+    for queued, nodes in (MAIN,) if arguments.only_main else GRID:
+        larger = queued > MAIN[0]
+        row = measure(queued, nodes, arguments.ticks // (5 if larger else 1), arguments.replans // (5 if larger else 1))
+        rows.append(row)
+        print(
+            f"{queued:7} queued, {nodes:6} nodes: {row.fill_decisions_per_s:8.0f} decisions/s, "
+            f"tick p50 {row.tick_p50 * 1e3:7.2f} p99 {row.tick_p99 * 1e3:7.2f} ms, "
+            f"re-plan p50 {row.replan_p50 * 1e3:7.1f} p99 {row.replan_p99 * 1e3:7.1f} ms",
+            flush=True,
+        )
+    if arguments.plot:
+        draw_plot(rows, arguments.plot)
+    main_row = next(row for row in rows if (row.queued, row.nodes) == MAIN)
+    figures: dict[str, object] = {
+        "decisions_per_s": round(main_row.fill_decisions_per_s, 1),
+        "tick_p99_ms": round(main_row.tick_p99 * 1e3, 3),
+        "replan_p99_ms": round(main_row.replan_p99 * 1e3, 3),
+    }
+    within = (
+        main_row.fill_decisions_per_s >= LIMITS["decisions_per_s"]
+        and main_row.tick_p99 * 1e3 <= LIMITS["tick_p99_ms"]
+        and main_row.replan_p99 * 1e3 <= LIMITS["replan_p99_ms"]
+    )
+    if len(rows) > 1:
+        figures |= {f"{cost}_exponent": round(exponent(rows, cost), 3) for cost in ("tick_p50", "replan_p50")}
+        within = within and all(
+            float(str(figures[f"{cost}_exponent"])) <= LIMITS["exponent"] for cost in ("tick_p50", "replan_p50")
+        )
+    figures |= {"limits": LIMITS, "within_limits": within, "rows": [row.__dict__ for row in rows]}
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

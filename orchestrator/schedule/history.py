@@ -1,0 +1,164 @@
+"""How long jobs run, learned from those that have ended: of their queue and size, and of all. Causal, and pure.
+
+The order of the queue follows Gittins' index (Gittins, Bandit Processes and Dynamic Allocation Indices, 1979): of a
+job that has run for a, the least expected run time per completion, over all spans that one might give it next. Of
+all orders that do not know how long jobs take, it has the least mean time in the system on one server; with little
+history it is least attained service.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+GRID = (0.0, *(30 * 1.6**step for step in range(24)))
+"""Seconds of run time at which one class of jobs begins; the last has no end."""
+PRIOR = 0.5
+"""Weight, in jobs, with which each class is expected before anything is known: any order of magnitude alike."""
+SMOOTHING = 30.0
+"""Weight, in jobs, of the queue's history beside that of like jobs, and of everybody's beside the queue's."""
+FEW = 10
+"""Jobs below which a quantile is a guess."""
+
+
+class Job(Protocol):
+    """What tells jobs apart."""
+
+    @property
+    def queue(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def min_processes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A job that has ended."""
+
+    queue: str
+    name: str
+    processes: int
+    ran_s: float
+
+
+class _Table:
+    """Jobs by their run time: how many in each class, and how long together."""
+
+    def __init__(self, parent: _Table | None) -> None:
+        self.parent = parent
+        self.count = [0.0] * len(GRID)
+        self.sum = [0.0] * len(GRID)
+        self.jobs = 0
+        self.due = 1
+        self.smooth: tuple[list[float], list[float]]
+        self.index: list[float]
+        self.conclude()
+
+    def add(self, ran_s: float) -> bool:
+        """Whether answers change: each time there are a tenth more."""
+        at = bisect_right(GRID, ran_s) - 1
+        self.count[at] += 1
+        self.sum[at] += ran_s
+        self.jobs += 1
+        if self.jobs < self.due:
+            return False
+        self.due = self.jobs + max(5, self.jobs // 10)
+        self.conclude()
+        return True
+
+    def conclude(self) -> None:
+        """What few jobs tell is mixed with what the more general table says."""
+        count, total = self.count, self.sum
+        if self.parent is None:
+            prior = [math.sqrt(max(start, 10.0) * end) for start, end in pairwise(GRID)]
+            count = [*(own + PRIOR for own in count[:-1]), count[-1]]
+            total = [*(own + PRIOR * typical for own, typical in zip(total, prior, strict=False)), total[-1]]
+        else:
+            share = SMOOTHING / sum(self.parent.smooth[0])
+            count = [own + share * theirs for own, theirs in zip(count, self.parent.smooth[0], strict=True)]
+            total = [own + share * theirs for own, theirs in zip(total, self.parent.smooth[1], strict=True)]
+        self.smooth = count, total
+        self.index = _index(count, total)
+
+
+class History:
+    """What has been seen of run times: of all jobs, of each queue's, and of those of the same name and size there."""
+
+    def __init__(self) -> None:
+        self._everybody = _Table(None)
+        self._queues: dict[str, _Table] = {}
+        self._alike: dict[tuple[str, str, int], _Table] = {}
+        self.version = 0
+        """Changes when answers do."""
+
+    def add(self, ran: Ran) -> None:
+        queue = self._queues.get(ran.queue) or self._queues.setdefault(ran.queue, _Table(self._everybody))
+        key = (ran.queue, ran.name, _magnitude(ran.processes))
+        alike = self._alike.get(key) or self._alike.setdefault(key, _Table(queue))
+        # The general ones first: the special ones draw on them.
+        changed = [table.add(ran.ran_s) for table in (self._everybody, queue, alike)]
+        self.version += any(changed)
+
+    def expected_s(self, job: Job, ran_s: float) -> float:
+        """Seconds per completion, if the job that ran for `ran_s` runs on: Gittins' index, turned over."""
+        return self._table(job).index[bisect_right(GRID, ran_s) - 1]
+
+    def class_of(self, ran_s: float) -> float:
+        """The run time at which its class begins."""
+        return GRID[bisect_right(GRID, ran_s) - 1]
+
+    def next_class_s(self, ran_s: float) -> float:
+        """The run time at which `expected_s` is another one; math.inf after the last."""
+        at = bisect_right(GRID, ran_s)
+        return GRID[at] if at < len(GRID) else math.inf
+
+    def left_s(self, job: Job, ran_s: float, quantile: float) -> float | None:
+        """What a job that ran for `ran_s` has left, with such a probability at most; None where too few were seen."""
+        if self._everybody.jobs < FEW:
+            return None
+        count, total = self._table(job).smooth
+        at = bisect_right(GRID, ran_s) - 1
+        upper = GRID[at + 1] if at + 1 < len(GRID) else max(2 * ran_s, GRID[-1])
+        # Of its own class, those that took longer than it has already.
+        here = count[at] * (upper - ran_s) / (upper - GRID[at])
+        wanted = quantile * (here + sum(count[at + 1 :]))
+        if wanted <= here:
+            return (upper - ran_s) * (wanted / here if here else 1.0)
+        seen = here
+        for later in range(at + 1, len(GRID)):
+            if seen + count[later] >= wanted and count[later]:
+                start = GRID[later]
+                end = GRID[later + 1] if later + 1 < len(GRID) else 2 * total[later] / count[later] - start
+                return start + (end - start) * (wanted - seen) / count[later] - ran_s
+            seen += count[later]
+        return GRID[-1] - ran_s if ran_s < GRID[-1] else ran_s
+
+    def _table(self, job: Job) -> _Table:
+        key = (job.queue, job.name, _magnitude(job.min_processes))
+        return self._alike.get(key) or self._queues.get(job.queue) or self._everybody
+
+
+def _magnitude(processes: int) -> int:
+    return (processes - 1).bit_length()
+
+
+def _index(count: list[float], total: list[float]) -> list[float]:
+    """For each class, the least of (time spent) / (jobs done) over spans that end with a later class."""
+    last = len(GRID) - 1
+    index = []
+    for at in range(len(GRID)):
+        alive = sum(count[at:])
+        start, done, spent, best = GRID[at], 0.0, 0.0, math.inf
+        for end in range(at, last):
+            done += count[end]
+            spent += total[end] - count[end] * start
+            alive -= count[end]
+            if done:
+                best = min(best, (spent + max(alive, 0.0) * (GRID[end + 1] - start)) / done)
+        # Past everything that was seen: as long again as it ran already.
+        index.append(best if math.isfinite(best) else max(start, GRID[1]))
+    return index
