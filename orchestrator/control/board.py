@@ -105,11 +105,13 @@ class Board:
 def held_of(attempt: AttemptRow, job: JobRow, gang: Gang) -> Held:
     """An attempt as the scheduler sees it."""
     saved = job.checkpoint.time if job.checkpoint is not None else None
-    stopping = attempt.stop is not None or attempt.state in (AttemptState.STOPPING, AttemptState.LOST)
+    asked = job.cancel_requested or job.pause_requested
+    stopping = asked or attempt.stop is not None or attempt.state in (AttemptState.STOPPING, AttemptState.LOST)
     return Held(
         replace(gang, target=None) if gang.target is not None else gang,
         attempt.held,
         since=attempt.created_at,
         saved_at=saved if saved is not None and saved > attempt.created_at else None,
-        stopping=stopping or job.cancel_requested or job.pause_requested,
+        stopping=stopping,
+        target=attempt.target if attempt.stop is not None and not asked else None,
     )

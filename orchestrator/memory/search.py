@@ -21,8 +21,8 @@ from orchestrator.memory.margin import COLD, NONE, Margin, cold
 from orchestrator.memory.plan import MAX_MICRO_BATCH
 from orchestrator.memory.speed import StepTime, Work, step_time, work_of
 
-CPU_FAST = 1.6
-"""What malloc holds at most, where it keeps what is freed, of what comes and goes and has been in use at once. (Of a
+CPU_FAST = 2.0
+"""What malloc is taken to hold, where it keeps what is freed, of what comes and goes and has been in use at once. (Of a
 GPU's allocator the estimate itself tells.)"""
 ZERO_MUST_SAVE = 1.25
 """ZeRO is taken where plain training fits only if it is this much faster: there is more that can go wrong, and with

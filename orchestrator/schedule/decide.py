@@ -15,10 +15,11 @@ from orchestrator.cluster.capacity import Capacity, Fit
 from orchestrator.cluster.model import UNKNOWN_NEED, Need
 from orchestrator.job.lifecycle import Reason
 from orchestrator.schedule import explain
-from orchestrator.schedule.gang import Decisions, Gang, Queue, Reservation, Start, Stop, Wait, Why
+from orchestrator.schedule.gang import Decisions, Gang, Held, Queue, Reservation, Start, Stop, Wait, Why
 from orchestrator.schedule.order import AT_ONCE, Entry, Shape, shape_of, share_of
 from orchestrator.schedule.place import least_room, room_for
 from orchestrator.schedule.preempt import Reach, growths, make_room, sizes
+from orchestrator.schedule.quota import MANY, allowed, most
 from orchestrator.schedule.reserve import End, ends_by, reserve
 from orchestrator.schedule.yard import Yard
 
@@ -70,6 +71,8 @@ class _Pass:
             for held in leaving:
                 self.future.give(held.placement)
                 self.settled[held.gang.queue] -= held.processes
+            for held in sorted(leaving, key=lambda held: held.gang.sequence):
+                self._left_to(held, held.target)
         for priority in self.yard.lines:
             self._class(self.yard.lines.classes[priority])
         if self.yard.rules.resize:
@@ -101,8 +104,8 @@ class _Pass:
         heads = {name: self._heads(shapes) for name, shapes in queues.items()}
 
         def turn(name: str) -> tuple[bool, tuple[bool, float], str]:
-            at_once = heads[name][0][0][0] == AT_ONCE
-            return not at_once, share_of(self.yard.queue(name), self.held[name]), name
+            entry, _, shape = heads[name][0]
+            return entry[0] != AT_ONCE, share_of(self.yard.queue(name), self.held[name], shape[0]), name
 
         turns = {name: turn(name) for name in heads}
         while turns:
@@ -111,7 +114,10 @@ class _Pass:
             entry, at, shape = line[0]
             gang = self.yard.waiting[entry[2]]
             entries = queues[name][shape]
-            if self._try(gang, entry[0]):
+            # While other queues ask for what is their own, an elastic gang takes no more than what is its queue's own.
+            own = entry[0] != AT_ONCE and not turns[name][1][0]
+            modest = own and any(not share[0] for other, (_, share, _) in turns.items() if other != name)
+            if self._try(gang, entry[0], modest):
                 if at + 1 < len(entries):
                     heapq.heapreplace(line, _Head((entries[at + 1], at + 1, shape)))
                 else:
@@ -128,7 +134,7 @@ class _Pass:
         heapq.heapify(heads)
         return heads
 
-    def _try(self, gang: Gang, level: int) -> bool:
+    def _try(self, gang: Gang, level: int, modest: bool) -> bool:
         """Whether to look at the next of its line: it starts, or waits for something of its own."""
         impossible = self._impossible(gang)
         if impossible is not None:
@@ -143,6 +149,8 @@ class _Pass:
         outlasts = around is not None and ends_by(self.yard, gang, self.now) > around.at
         if around is not None and outlasts:
             allowed = min(allowed, around.extra)
+        if modest and queue.guaranteed is not None:
+            allowed = min(allowed, queue.guaranteed - self.held[queue.name])
         if allowed < gang.min_processes:
             return self._over_quota(gang, queue, allowed)
         if self._left() >= gang.min_processes and self._start(gang, allowed):
@@ -172,7 +180,7 @@ class _Pass:
             return False
         reason = explain.over_quota(gang.min_processes, queue, self.held[queue.name], allowed)
         self.waits.append(Wait(gang.job_id, reason))
-        if gang.min_processes > self._most(queue):
+        if gang.min_processes > most(self.yard, queue):
             return True
         leaving = self.held[queue.name] - self.settled[queue.name]
         at, extra = self.now, allowed + leaving - gang.min_processes
@@ -263,19 +271,34 @@ class _Pass:
             held = yard.running[stop.job_id]
             self.stops[stop.job_id] = stop
             self.future.give(held.placement)
-            self.settled[held.gang.queue] -= held.processes - (stop.target or 0)
+            self.settled[held.gang.queue] -= held.processes
         self._keep(gang, room.where, room.need)
+        for stop in room.stops:
+            self._left_to(yard.running[stop.job_id], stop.target)
         return room.stops
 
     def _keep(self, gang: Gang, where: Fit, need: Need) -> None:
         """Let nobody else have the slots that a gang waits for, those that are free now among them."""
+        self._promise(gang, where, need)
+        self._count(gang, sum(ranks for _, ranks in where))
+
+    def _left_to(self, held: Held, target: int | None) -> None:
+        """The same of one that stops to go on at once, as far as it holds so many."""
+        assert self.future is not None
+        most = min(target or 0, held.processes)
+        found = room_for(self.future, held.gang, most, consolidate=self.yard.rules.consolidate) if most else None
+        if found is not None:
+            where, option = found
+            self._promise(held.gang, where, option.need if option is not None else UNKNOWN_NEED)
+            self.settled[held.gang.queue] += sum(ranks for _, ranks in where)
+
+    def _promise(self, gang: Gang, where: Fit, need: Need) -> None:
         assert self.future is not None
         self.left = self.soon = None
         self.future.promise(where, gang.accelerator, need)
         for other in (self.free, self.lasting):
             if other is not None:
                 other.limit(where, self.future)
-        self._count(gang, sum(ranks for _, ranks in where))
 
     def _reserved(self, gang: Gang, allowed: int) -> Reason:
         soon = self.future if self.future is not None else self.free
@@ -307,29 +330,7 @@ class _Pass:
                 yield ends_by(yard, gang, now), now, start.job_id, start.placement
 
     def _allowed(self, queue: Queue) -> int:
-        """Ranks that a queue may still take: below its ceiling, and not of what others do not lend."""
-        held = self.held[queue.name]
-        most = queue.ceiling - held if queue.ceiling is not None else MANY
-        kept = 0
-        for other in self.yard.queues.values():
-            if other.name != queue.name and not other.lendable and other.guaranteed is not None:
-                kept += max(0, other.guaranteed - self.held[other.name])
-        if kept:
-            own = max(0, (queue.guaranteed or 0) - held)
-            most = min(most, max(own, self.free.total(self.free.ground.open) - kept))
-        return most
-
-    def _most(self, queue: Queue) -> int:
-        """Ranks that a queue may take at most, when all that is lent is free."""
-        kept = sum(
-            other.guaranteed
-            for other in self.yard.queues.values()
-            if other.name != queue.name and not other.lendable and other.guaranteed is not None
-        )
-        most = queue.ceiling if queue.ceiling is not None else MANY
-        if kept:
-            most = min(most, max(queue.guaranteed or 0, self.yard.idle.total(self.yard.idle.ground.open) - kept))
-        return most
+        return allowed(self.yard, queue, self.held, self.free)
 
     def _impossible(self, gang: Gang) -> Reason | None:
         consolidate = self.yard.rules.consolidate
@@ -376,9 +377,6 @@ class _Pass:
             if lower or (rank[0] == self.highest and -rank[1] > self.best):
                 sinces += [(held.since, rules.min_run_s) for held in alike.values()]
         return min((since + limit for since, limit in sinces if since + limit > self.now), default=math.inf)
-
-
-MANY = 1 << 30
 
 
 @dataclass(slots=True)

@@ -72,6 +72,8 @@ class Held:
     """When what it had done was last safe; None means at its start."""
     stopping: bool = False
     """It was told to stop, or its node is lost: nothing more can be asked of it."""
+    target: int | None = None
+    """It stops to go on at once, with so many ranks at most."""
     processes: int = field(init=False, compare=False)
 
     def __post_init__(self) -> None:

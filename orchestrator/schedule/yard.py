@@ -123,9 +123,9 @@ class Yard:
             self.groups[held.gang.group] -= 1
         return held
 
-    def stopping(self, job_id: str) -> None:
-        """It was told to stop."""
-        self.hold(replace(self.running[job_id], stopping=True))
+    def stopping(self, job_id: str, target: int | None = None) -> None:
+        """It was told to stop; to go on with at most `target` ranks, or to wait its turn."""
+        self.hold(replace(self.running[job_id], stopping=True, target=target))
 
     def copy(self) -> Yard:
         """One that may change without this one; what history tells is the same for both."""

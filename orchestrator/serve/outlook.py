@@ -79,7 +79,7 @@ class _Look:
         yard, level = self.yard, self.yard.level(gang.job_id)
         queue = yard.queue(gang.queue)
         held = yard.held[gang.queue]
-        borrows, _ = share_of(queue, held)
+        borrows, _ = share_of(queue, held, gang.min_processes)
         share = f"queue {queue.name} (weight {queue.weight:g}) holds {explain.count(held)}"
         if queue.guaranteed is not None:
             share += f" of {queue.guaranteed} that are its own" + (", so it would borrow" if borrows else "")

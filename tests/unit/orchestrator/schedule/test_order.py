@@ -54,9 +54,18 @@ def test_what_is_guaranteed_goes_before_what_is_borrowed() -> None:
     assert started(yard, *gangs) == ["j3", "j4", "j0", "j1"]
 
 
+def test_a_gang_that_borrows_a_part_comes_after_those_that_borrow_nothing() -> None:
+    yard = Yard([a_node(slots=4)], queues=[Queue("a", guaranteed=4), Queue("b", guaranteed=1)])
+    hold(yard, a_gang("j9", queue="a"))
+    assert started(yard, a_gang("j1", 2, queue="b"), a_gang("j2", 3, queue="a")) == ["j2"]
+
+
 def test_shares() -> None:
     assert share_of(Queue("q", weight=2), 6) == (True, 3.0)
-    assert share_of(Queue("q", guaranteed=6), 5) < share_of(Queue("q", guaranteed=6), 6) < share_of(Queue("r"), 7)
+    queue = Queue("q", guaranteed=6)
+    shares = [share_of(queue, 4, 2), share_of(queue, 6), share_of(Queue("r"), 1), share_of(queue, 4, 3)]
+    assert shares == sorted(shares)
+    assert [borrowed for borrowed, _ in shares] == [False, False, True, True]
 
 
 def test_of_one_queue_the_level_and_then_the_order_of_submission() -> None:

@@ -125,6 +125,12 @@ def test_a_gang_of_which_a_part_is_borrowed_goes_back_whole() -> None:
     assert (decisions.starts, decisions.stops) == ((), ())
 
 
+def test_an_elastic_gang_takes_no_more_than_its_own_while_others_ask_for_theirs() -> None:
+    for processes, outcome in ((6, {"j1": 1, "j2": 6}), (7, {"j1": 8})):
+        yard = a_yard(Queue("a", guaranteed=1), Queue("b", guaranteed=6))
+        assert started(asked(yard, a_gang("j1", 1, 8, queue="a"), a_gang("j2", processes, queue="b"))) == outcome
+
+
 def test_a_higher_class_gives_nothing_back() -> None:
     yard = a_yard(Queue("own", guaranteed=8))
     hold(yard, a_gang("j0", 8, queue="r", priority=1), since=OLD)
