@@ -337,12 +337,17 @@ def load_train_spec(document: Document, *, planned: bool = True) -> TrainSpec:
     """The TrainSpec inside a job file, for `launch` run alone; not `planned`, it is only looked at.
 
     Raises:
-        SpecError: a fault in the file, a `run:` job, or `strategy: auto`, which only the planner resolves.
+        SpecError: a fault in the file, a `run:` job, an array, or `strategy: auto`, which only the planner resolves.
     """
     if "run" in document.data:
         raise document.error(
             ("run",), "a `run:` job starts the user's own command; there is nothing for launch to train",
             code="not-a-training-job", hint="use `tuneyard run FILE`",
+        )  # fmt: skip
+    if planned and document.data.get("array") is not None:
+        raise document.error(
+            ("array",), "an `array` is many jobs, and launch trains one",
+            code="is-array", hint="submit it to a yard, or take the key out and pass one element's values with --set",
         )  # fmt: skip
     data = {key: value for key, value in document.data.items() if key not in ORCHESTRATOR_KEYS}
     alone = Document(path=document.path, data=data, lines=document.lines, overrides=document.overrides)

@@ -97,6 +97,13 @@ def test_what_an_attempt_holds_and_since_when() -> None:
     assert held.can_stop
 
 
+def test_with_how_many_ranks_a_job_goes_on_is_told_unless_its_user_stops_it() -> None:
+    stop = {"stop": StopRequest(reason="resized", deadline=9.0), "target": 1}
+    for columns, target in (({}, 1), ({"pause_requested": True}, None), ({"cancel_requested": True}, None)):
+        row = a_row(**columns)
+        assert held_of(an_attempt(row, some(), **stop), row, a_gang("job-1")).target == target
+
+
 def test_what_was_saved_before_it_started_counts_from_its_start() -> None:
     job = a_row(checkpoint=saved(20.0))
     assert held_of(an_attempt(job, some(), 30.0), job, a_gang("job-1")).saved_at is None

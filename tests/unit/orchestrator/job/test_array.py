@@ -203,8 +203,16 @@ def test_the_number_of_an_element_is_not_written_by_hand() -> None:
 
 
 def test_launch_reads_past_what_is_the_yards() -> None:
-    document = a_document(TRAINING + "strategy: ddp\nafter: [a-1]\narray: 2\narray_at_once: 1\n")
+    document = a_document(TRAINING + "strategy: ddp\nafter: [a-1]\npriority: high\n")
     assert load_train_spec(document).train.max_steps == 10
+
+
+def test_launch_alone_trains_no_array() -> None:
+    document = a_document(TRAINING + "strategy: ddp\narray: 2\narray_at_once: 1\n")
+    with pytest.raises(SpecError) as caught:
+        load_train_spec(document)
+    assert (caught.value.code, caught.value.field, bool(caught.value.hint)) == ("is-array", "array", True)
+    assert load_train_spec(document, planned=False).train.max_steps == 10
 
 
 @pytest.mark.parametrize(

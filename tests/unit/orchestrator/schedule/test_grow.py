@@ -44,6 +44,15 @@ def test_it_goes_on_at_once_with_so_many() -> None:
     assert start.placement.world_size == stop.target == 8
 
 
+def test_what_it_would_grow_by_is_still_for_who_comes_meanwhile() -> None:
+    yard = a_yard()
+    hold(yard, a_gang("j1", 1, 8), processes=2)
+    yard.stopping("j1", decide(yard, NOW).stops[0].target)
+    yard.wait(a_gang("j2", 3, 8))
+    (start,) = decide(yard, NOW + 1).starts
+    assert start.placement.world_size == 6, "all but the two that j1 goes on with"
+
+
 def test_only_once_it_has_run_for_a_while() -> None:
     yard = a_yard()
     hold(yard, a_gang("j1", 1, 8), processes=2, since=1.0)

@@ -288,6 +288,20 @@ def test_what_is_left_to_a_shrunk_gang_is_not_for_others() -> None:
     assert {start.job_id: start.placement.world_size for start in decide(yard, NOW + 5).starts} == {"j9": 2, "j1": 2}
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_nor_is_it_promised_to_others(told: bool) -> None:
+    """Half of what j1 holds is for j8; for j9 somebody else has to stop."""
+    yard = a_yard(6)
+    hold(yard, a_gang("j1", 1, 4), since=OLD)
+    hold(yard, a_gang("j2", 2), since=OLD)
+    yard.wait(high("j8", 2))
+    if told:
+        (stop,) = decide(yard, NOW).stops
+        yard.stopping(stop.job_id, stop.target)
+    decisions = asked(yard, high("j9", 2))
+    assert stopped(decisions) == {"j2": Why.HIGHER_CLASS} | ({} if told else {"j1": Why.SHRINK})
+
+
 def test_it_shrinks_to_sizes_for_which_it_has_memory() -> None:
     """With two ranks, each needs more than there is beside the new gang."""
     yard = Yard([a_node(slots=8, memory_gib=20)])
