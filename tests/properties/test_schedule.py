@@ -269,7 +269,7 @@ class AnythingGoes(RuleBasedStateMachine):
         self.check_stops(decisions)
         self.check_that_shrinking_was_not_enough(decisions)
         for start in decisions.starts:
-            self.check_start(start, decisions)
+            self.check_start(start)
             started(yard, start, self.now)
             self.check_quota(yard.running[start.job_id], decisions)
         for stop in decisions.stops:
@@ -294,7 +294,7 @@ class AnythingGoes(RuleBasedStateMachine):
             yard.hold(held)
         return yard
 
-    def check_start(self, start: Start, decisions: Decisions) -> None:
+    def check_start(self, start: Start) -> None:
         """A whole gang, as it may be, where it may be."""
         gang, placement, option = self.yard.waiting[start.job_id], start.placement, start.option
         assert gang.min_processes <= placement.world_size <= gang.most
@@ -452,7 +452,7 @@ class AnythingGoes(RuleBasedStateMachine):
 # Not shrunk: that takes minutes, and the steps of a failing yard are short enough to read.
 QUICK = [Phase.explicit, Phase.reuse, Phase.generate]
 AnythingGoes.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=50, deadline=None, phases=QUICK,
+    max_examples=150, stateful_step_count=50, deadline=None, phases=QUICK,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 TestSchedule = AnythingGoes.TestCase
@@ -584,7 +584,9 @@ def quiet_yards(draw: st.DrawFn) -> Yard:
     yard = Yard(draw(yards), queues=found, rules=rules)
     for number, gang in enumerate(draw(st.lists(gangs(), min_size=3, max_size=12))):
         more = {"queued_at": -draw(st.sampled_from([0.3, 7.7, 90.1, 480.9])), "oracle_s": None, "left_s": None}
-        yard.wait(replace(gang, job_id=f"j{number}", sequence=number, ran_s=draw(st.sampled_from([0.0, 33.3, 2e3])), **more))
+        yard.wait(
+            replace(gang, job_id=f"j{number}", sequence=number, ran_s=draw(st.sampled_from([0.0, 33.3, 2e3])), **more)
+        )
     for start in decide(yard, 0.0).starts:
         since = -draw(st.sampled_from([0.1, 11.3, 42.1, 95.9, 300.7]))
         started(yard, start, 0.0)

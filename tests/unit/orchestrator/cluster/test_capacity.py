@@ -41,13 +41,15 @@ def look(capacity: Capacity) -> list[object]:
 
 nodes = st.lists(
     st.one_of(
-        st.builds(a_node, slots=st.integers(0, 5), memory_gib=st.none() | st.integers(0, 20), rack=st.sampled_from("rs")),
+        st.builds(a_node, slots=st.integers(0, 5), memory_gib=st.none() | st.integers(0, 20)),
         st.builds(a_node, gpus=st.integers(1, 4), gpu_type=st.sampled_from(["A100", "H100"])),
         st.lists(st.tuples(st.sampled_from(["A100", "H100"]), st.sampled_from([None, 20, 40])), min_size=1, max_size=4)
         .map(lambda gpus: a_mixed_node("mixed", *gpus)),
     ),
     max_size=6,
-).map(lambda found: [node.model_copy(update={"id": f"n{at}", "name": f"n{at}"}) for at, node in enumerate(found)])  # fmt: skip
+).map(
+    lambda found: [node.model_copy(update={"id": f"n{at}", "name": f"n{at}"}) for at, node in enumerate(found)]
+)  # fmt: skip
 needs = st.builds(Need, st.sampled_from([0, 30 * GIB]), st.sampled_from([0, 3 * GIB]))
 asked = st.lists(st.tuples(st.integers(1, 6), st.sampled_from(["any", "cpu", "gpu", "A100"]), needs), max_size=6)
 

@@ -89,8 +89,8 @@ def test_a_single_process_is_one() -> None:
 
 def test_what_is_stored_of_a_job_is_told() -> None:
     stored = a_row(
-        a_training_job("1..2", max_duration="100s"), queue="q", priority=7, submitted_at=5.0, queued_at=50.0, waited_s=9.0,
-        ran_s=30.0, preemptions=2, target=1, array_id="a", array_at_once=3,
+        a_training_job("1..2", max_duration="100s"), queue="q", priority=7, submitted_at=5.0, queued_at=50.0,
+        waited_s=9.0, ran_s=30.0, preemptions=2, target=1, array_id="a", array_at_once=3,
     )  # fmt: skip
     gang = gang_of(stored, (), ())
     assert (gang.job_id, gang.sequence, gang.queue, gang.priority, gang.name) == ("job-1", 7, "q", 7, "job")

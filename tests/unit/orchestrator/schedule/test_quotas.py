@@ -113,6 +113,13 @@ def test_nobody_is_left_with_less_than_its_own_guarantee() -> None:
     assert {stop.why for stop in asked(yard, a_gang("j8", 2, queue="a")).stops} == {Why.QUOTA}
 
 
+def test_what_goes_back_to_one_gang_is_not_there_for_another() -> None:
+    yard = a_yard(Queue("a", guaranteed=4), Queue("b", guaranteed=4), slots=6)
+    for at in range(3):
+        hold(yard, a_gang(f"j{at}", 2, queue="b", waited_s=1e6), since=NOW - 100)
+    assert len(asked(yard, a_gang("j8", 2, queue="a"), a_gang("j9", 2, queue="a")).stops) == 1
+
+
 def test_a_gang_of_which_a_part_is_borrowed_goes_back_whole() -> None:
     """Else the other queue would not get what is its own. It cannot come back in the same way: see above."""
     yard = a_yard(Queue("a", guaranteed=5), Queue("b", guaranteed=3))
