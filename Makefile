@@ -62,6 +62,10 @@ for builder in (ShareMemCommBuilder(), CPUAdamBuilder(), *asked):
 endef
 export CHECK_OPERATIONS
 OPERATIONS := DS_ACCELERATOR=cpu DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1 DS_BUILD_CPU_ADAM=1 DS_BUILD_AIO=$(AIO) DS_BUILD_PIN_MEMORY=$(AIO)
+ifeq ($(AIO),1)
+# DeepSpeed links its operations for CPUs with no library of its own choice when they are compiled into an installation.
+OPERATIONS += LDFLAGS="-Wl,--no-as-needed -laio $(LDFLAGS)"
+endif
 
 # torch goes first: DeepSpeed's own set-up imports it, which is also why builds are not isolated.
 $(READY): pyproject.toml constraints.txt
