@@ -2,8 +2,10 @@
 
     python -m benchmarks.scheduler [--plot scheduler.png] [--largest]
 
-A tick is what the controller's does: gangs end, others arrive, the yard is told, `decide` is asked, and what it starts
-and stops is told to the yard. A full re-plan is `decide` after history has changed its mind about every job.
+A tick is what the controller's does: gangs end and history learns of them, others arrive, the yard is told, `decide` is
+asked, and what it starts and stops is told to the yard. The yard has been running for a while: who runs and who waits
+began at different times. A full re-plan is `decide` on a yard of which it
+knows nothing yet.
 """
 
 from __future__ import annotations
@@ -33,6 +35,10 @@ LIMITS = {"decisions_per_s": 1_000.0, "tick_p99_ms": 10.0, "replan_p99_ms": 250.
 ENDS = 5
 """Gangs that end in a tick, and that arrive."""
 TICK_S = 5.0
+NAMES = 5
+"""What jobs of a tenant are called."""
+PAST_S = 2 * 3600.0
+"""Since when gangs run and wait that are there at the beginning."""
 
 
 @dataclass
@@ -64,24 +70,27 @@ class World:
         shares = [Queue(f"t{tenant}", weight=1.0 + tenant % 3) for tenant in range(TENANTS)]
         self.yard = Yard(self.nodes, queues=shares)
         for _ in range(2_000):
-            name = f"t{self.draw.randrange(TENANTS)}"
-            self.yard.history.add(Ran(name, "job", self.size(), self.draw.lognormvariate(7.0, 2.0)))
+            tenant = f"t{self.draw.randrange(TENANTS)}"
+            self.yard.history.add(Ran(tenant, self.name(), self.size(), self.draw.lognormvariate(7.0, 2.0)))
         self.now, self.sequence = 0.0, 0
         self.sizes = [size for size in SIZES if size <= nodes * GPUS // 4]
         for _ in range(queued):
-            self.arrive()
+            self.arrive(self.now - self.draw.uniform(0, PAST_S))
 
     def size(self) -> int:
         return self.draw.choices(list(SIZES), list(SIZES.values()))[0]
 
-    def arrive(self) -> None:
+    def name(self) -> str:
+        return f"job-{self.draw.randrange(NAMES)}"
+
+    def arrive(self, at: float) -> None:
         self.sequence += 1
         size = min(self.size(), self.sizes[-1])
         tenant = f"t{self.draw.randrange(TENANTS)}"
         priority = self.draw.choices((-100, 0, 100), (0.1, 0.85, 0.05))[0]
         self.yard.wait(
-            Gang(f"j{self.sequence}", self.sequence, priority, size, size, "gpu", queue=tenant, name="job",
-                 queued_at=self.now)
+            Gang(f"j{self.sequence}", self.sequence, priority, size, size, "gpu", queue=tenant,
+                 name=self.name(), queued_at=at)
         )  # fmt: skip
 
     def apply(self, decisions: Decisions) -> int:
@@ -93,13 +102,20 @@ class World:
             self.yard.hold(Held(self.yard.waiting[start.job_id], start.placement, self.now))
         return len(decisions.starts) + len(decisions.stops)
 
+    def age(self) -> None:
+        """As if those that run had started at different times."""
+        for held in list(self.yard.running.values()):
+            self.yard.hold(replace(held, since=self.now - self.draw.uniform(0, PAST_S)))
+
     def tick(self) -> None:
         self.now += TICK_S
         running = list(self.yard.running)
         for job_id in self.draw.sample(running, min(ENDS, len(running))):
-            self.yard.release(job_id)
+            held = self.yard.release(job_id)
+            gang, ran = held.gang, held.gang.ran_s + self.now - held.since
+            self.yard.history.add(Ran(gang.queue, gang.name, gang.min_processes, ran))
         for _ in range(ENDS):
-            self.arrive()
+            self.arrive(self.now)
         self.apply(decide(self.yard, self.now))
 
 
@@ -111,7 +127,8 @@ def measure(queued: int, nodes: int, ticks: int, replans: int) -> Costs:
     decided = world.apply(decide(world.yard, world.now))
     fill_s = time.perf_counter() - began
     for _ in range(queued - len(world.yard.waiting)):
-        world.arrive()
+        world.arrive(world.now - world.draw.uniform(0, PAST_S))
+    world.age()
     tick_s = []
     for _ in range(ticks):
         # Choosing who ends and who arrives is the benchmark's own, and is timed with the rest: it is little.
@@ -120,9 +137,9 @@ def measure(queued: int, nodes: int, ticks: int, replans: int) -> Costs:
         tick_s.append(time.perf_counter() - began)
     replan_s = []
     for _ in range(replans):
-        world.yard.history.version += 1
+        anew = world.yard.copy()
         began = time.perf_counter()
-        decide(world.yard, world.now)
+        decide(anew, world.now)
         replan_s.append(time.perf_counter() - began)
     gc.unfreeze()
     return Costs(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+from hypothesis import settings
 
 from launch.attempt import ENV_RUN_ID
 from launch.token_cache import ENV_CACHE
@@ -24,6 +25,10 @@ CACHE = tempfile.TemporaryDirectory(prefix="tuneyard-cache-")  # the user's own 
 os.environ[ENV_SESSION] = SESSION
 os.environ[ENV_CACHE] = CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# How long an example takes is the machine's affair.
+settings.register_profile("tuneyard", deadline=None)
+settings.load_profile("tuneyard")
 
 
 def ranks_of_this_session() -> dict[int, str]:

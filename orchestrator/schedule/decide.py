@@ -5,23 +5,27 @@ Gang or nothing. Composes the order of the queue, places, reservations and pre-e
 
 from __future__ import annotations
 
-import heapq
 import math
+from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 
 from orchestrator.cluster.capacity import Capacity, Fit
 from orchestrator.cluster.model import UNKNOWN_NEED, Need
 from orchestrator.job.lifecycle import Reason
 from orchestrator.schedule import explain
 from orchestrator.schedule.gang import Decisions, Gang, Held, Queue, Reservation, Start, Stop, Wait, Why
-from orchestrator.schedule.order import AT_ONCE, Entry, Shape, shape_of, share_of
+from orchestrator.schedule.order import Shape
 from orchestrator.schedule.place import least_room, room_for
 from orchestrator.schedule.preempt import Reach, growths, make_room, sizes
-from orchestrator.schedule.quota import MANY, allowed, most
-from orchestrator.schedule.reserve import End, ends_by, reserve
+from orchestrator.schedule.quota import allowed, most
+from orchestrator.schedule.reserve import ends_by, reserve
+from orchestrator.schedule.standing import End
+from orchestrator.schedule.turns import Turn, Turns
 from orchestrator.schedule.yard import Yard
+
+_when, _since = itemgetter(0), itemgetter(1, 2)
 
 
 def decide(yard: Yard, now: float) -> Decisions:
@@ -58,29 +62,33 @@ class _Pass:
         """Slots that are free now; None where that is to be counted anew."""
         self.soon: int | None = None
         """The same of `future`."""
+        self.no_room: set[tuple[bool, int, Shape]] = set()
+        """For whom there was none: for those that outlast the reservation's beginning or not, with how many ranks at
+        most. Within a decision nothing becomes free."""
+        self.no_promise: set[tuple[bool, int, Shape]] = set()
+        """The same of `future`, until more is told to stop; without the nodes of the reservation or with them."""
         self.patient_until = math.inf
-        self.highest = -MANY
-        """Class of those that others could make room for, and the best level in it."""
-        self.best = MANY
 
     def run(self) -> Decisions:
         self._drain()
-        leaving = [held for held in self.yard.running.values() if held.stopping or held.gang.job_id in self.stops]
+        leaving = [*self.yard.leaving.values(), *(self.yard.running[job_id] for job_id in self.stops)]
         if leaving:
             self.future = self.free.copy()
             for held in leaving:
                 self.future.give(held.placement)
-                self.settled[held.gang.queue] -= held.processes
+                self._settle(held.gang.queue, -held.processes)
             for held in sorted(leaving, key=lambda held: held.gang.sequence):
                 self._left_to(held, held.target)
         for priority in self.yard.lines:
-            self._class(self.yard.lines.classes[priority])
+            turns = Turns(self.yard, self.yard.lines.classes[priority], self.held)
+            while (turn := turns.next()) is not None:
+                turns.went(on=self._try(turn))
         if self.yard.rules.resize:
             self._grow()
-        times: list[float | None] = [self.patient_until, self._protected_until()]
+        times = [self.patient_until, self._protected_until()]
         if self.waits:
             times.append(self.yard.next_level_at())
-        later = [at for at in times if at is not None and self.now < at < math.inf]
+        later = [at for at in times if self.now < at < math.inf]
         return Decisions(
             tuple(self.starts),
             tuple(self.stops.values()),
@@ -96,47 +104,10 @@ class _Pass:
             if held.can_stop and any(share.node in self.yard.drained for share in held.placement.shares):
                 self.stops[job_id] = Stop(job_id, Why.DRAINED)
 
-    def _class(self, queues: dict[str, dict[Shape, list[Entry]]]) -> None:
-        """Queues by share, the least first; in a queue the best entry of all its shapes that are not stuck.
-
-        Before all of them those that were stopped to go on at once, so that nobody takes what was left to them.
-        """
-        heads = {name: self._heads(shapes) for name, shapes in queues.items()}
-
-        def turn(name: str) -> tuple[bool, tuple[bool, float], str]:
-            entry, _, shape = heads[name][0]
-            return entry[0] != AT_ONCE, share_of(self.yard.queue(name), self.held[name], shape[0]), name
-
-        turns = {name: turn(name) for name in heads}
-        while turns:
-            name = min(turns, key=turns.__getitem__)
-            line = heads[name]
-            entry, at, shape = line[0]
-            gang = self.yard.waiting[entry[2]]
-            entries = queues[name][shape]
-            # While other queues ask for what is their own, an elastic gang takes no more than what is its queue's own.
-            own = entry[0] != AT_ONCE and not turns[name][1][0]
-            modest = own and any(not share[0] for other, (_, share, _) in turns.items() if other != name)
-            if self._try(gang, entry[0], modest):
-                if at + 1 < len(entries):
-                    heapq.heapreplace(line, _Head((entries[at + 1], at + 1, shape)))
-                else:
-                    heapq.heappop(line)
-            else:
-                heapq.heappop(line)  # what is behind it in its line fits no better
-            if line:
-                turns[name] = turn(name)
-            else:
-                del turns[name]
-
-    def _heads(self, shapes: dict[Shape, list[Entry]]) -> list[_Head]:
-        heads = [_Head((entries[0], 0, shape)) for shape, entries in shapes.items()]
-        heapq.heapify(heads)
-        return heads
-
-    def _try(self, gang: Gang, level: int, modest: bool) -> bool:
+    def _try(self, turn: Turn) -> bool:
         """Whether to look at the next of its line: it starts, or waits for something of its own."""
-        impossible = self._impossible(gang)
+        gang, level = turn.gang, turn.level
+        impossible = self._impossible(gang, turn.shape)
         if impossible is not None:
             self.waits.append(Wait(gang.job_id, impossible))
             return True
@@ -149,11 +120,11 @@ class _Pass:
         outlasts = around is not None and ends_by(self.yard, gang, self.now) > around.at
         if around is not None and outlasts:
             allowed = min(allowed, around.extra)
-        if modest and queue.guaranteed is not None:
+        if turn.modest and queue.guaranteed is not None:
             allowed = min(allowed, queue.guaranteed - self.held[queue.name])
         if allowed < gang.min_processes:
             return self._over_quota(gang, queue, allowed)
-        if self._left() >= gang.min_processes and self._start(gang, allowed):
+        if self._left() >= gang.min_processes and self._start(gang, turn.shape, allowed):
             if around is not None and outlasts:
                 around.extra -= self.starts[-1].placement.world_size
             return True
@@ -161,7 +132,7 @@ class _Pass:
         if self._reachable(gang, level):
             if self.future is not None:  # nobody stops to get it what is reserved
                 self.future.shut = self.reserved if self._late(gang) else 0
-            if self._promised(gang, allowed):
+            if self._promised(gang, turn.shape, allowed):
                 self.waits.append(Wait(gang.job_id, explain.room_is_made()))
                 return True
             stops = self._room(gang, level, allowed)
@@ -184,11 +155,10 @@ class _Pass:
             return True
         leaving = self.held[queue.name] - self.settled[queue.name]
         at, extra = self.now, allowed + leaving - gang.min_processes
-        ends = sorted((end, job_id, placement.world_size) for end, _, job_id, placement in self._ends(queue.name))
-        for end, _, ranks in ends:
+        for end, _, _, placement in self._ends(queue.name):
             if extra >= 0:
                 break
-            at, extra = end, extra + ranks
+            at, extra = max(self.now, end), extra + placement.world_size
         self.around[queue.name] = _Around(at, extra)
         return False
 
@@ -203,9 +173,6 @@ class _Pass:
         yard = self.yard
         if yard.rules.preempt and self.now - gang.queued_at < yard.rules.patience_s:
             self.patient_until = min(self.patient_until, gang.queued_at + yard.rules.patience_s)
-        elif gang.priority >= self.highest:
-            self.best = min(self.best, level)
-        self.highest = max(self.highest, gang.priority)  # classes come one after the other, the highest first
         if self.soon is None:
             future = self.future if self.future is not None else self.free
             self.soon = future.total(future.ground.open)
@@ -214,18 +181,24 @@ class _Pass:
         if not (yard.rules.preempt or yard.rules.resize):
             return False
         if self.reach is None:
-            self.reach = Reach(yard, self.now)
-        stops = self.reach.stops(gang, level, self.settled) if yard.rules.preempt else 0
+            self.reach = Reach(yard, self.settled, self.now)
+        stops = self.reach.stops(gang, level) if yard.rules.preempt else 0
         return self.soon + max(stops, self.reach.shrinks(gang)) >= gang.min_processes
 
     def _late(self, gang: Gang) -> bool:
         """Whether a gang that starts now may still be there when the reservation begins."""
         return self.reservation is not None and ends_by(self.yard, gang, self.now) > self.reservation.at
 
-    def _start(self, gang: Gang, allowed: int) -> bool:
-        room = self.lasting if self.lasting is not None and self._late(gang) else self.free
+    def _start(self, gang: Gang, shape: Shape, allowed: int) -> bool:
+        room, late = self.free, False
+        if self.lasting is not None and self._late(gang):
+            room, late = self.lasting, True
+        tried = (late, min(allowed, gang.most), shape)
+        if tried in self.no_room:
+            return False
         found = room_for(room, gang, allowed, consolidate=self.yard.rules.consolidate)
         if found is None:
+            self.no_room.add(tried)
             return False
         where, option = found
         need = option.need if option is not None else UNKNOWN_NEED
@@ -241,18 +214,28 @@ class _Pass:
 
     def _count(self, gang: Gang, ranks: int) -> None:
         self.held[gang.queue] += ranks
-        self.settled[gang.queue] += ranks
+        self._settle(gang.queue, ranks)
         if gang.group is not None:
             self.groups[gang.group] += 1
 
-    def _promised(self, gang: Gang, allowed: int) -> bool:
+    def _settle(self, queue: str, ranks: int) -> None:
+        self.settled[queue] += ranks
+        if self.reach is not None:
+            self.reach.changed()
+
+    def _promised(self, gang: Gang, shape: Shape, allowed: int) -> bool:
         """Room that is being made, which nobody else gets."""
         if self.future is None:
             return False
+        tried = (self.future.shut != 0, min(allowed, gang.most), shape)
+        if tried in self.no_promise:
+            return False
         found = least_room(self.future, gang, allowed, consolidate=self.yard.rules.consolidate)
-        if found is not None:
-            self._keep(gang, *found)
-        return found is not None
+        if found is None:
+            self.no_promise.add(tried)
+            return False
+        self._keep(gang, *found)
+        return True
 
     def _room(self, gang: Gang, level: int, allowed: int) -> tuple[Stop, ...]:
         """Tell others to stop, if that helps and is allowed."""
@@ -261,8 +244,8 @@ class _Pass:
             return ()
         future = self.future if self.future is not None else self.free
         if self.reach is None:
-            self.reach = Reach(yard, self.now)
-        room = make_room(yard, self.reach, future, gang, level, self.stops, self.settled, allowed, self.now)
+            self.reach = Reach(yard, self.settled, self.now)
+        room = make_room(yard, self.reach, future, gang, level, self.stops, allowed)
         if room is None:
             return ()
         if self.future is None:
@@ -271,7 +254,8 @@ class _Pass:
             held = yard.running[stop.job_id]
             self.stops[stop.job_id] = stop
             self.future.give(held.placement)
-            self.settled[held.gang.queue] -= held.processes
+            self._settle(held.gang.queue, -held.processes)
+        self.no_promise.clear()
         self._keep(gang, room.where, room.need)
         for stop in room.stops:
             self._left_to(yard.running[stop.job_id], stop.target)
@@ -290,7 +274,7 @@ class _Pass:
         if found is not None:
             where, option = found
             self._promise(held.gang, where, option.need if option is not None else UNKNOWN_NEED)
-            self.settled[held.gang.queue] += sum(ranks for _, ranks in where)
+            self._settle(held.gang.queue, sum(ranks for _, ranks in where))
 
     def _promise(self, gang: Gang, where: Fit, need: Need) -> None:
         assert self.future is not None
@@ -303,10 +287,11 @@ class _Pass:
     def _reserved(self, gang: Gang, allowed: int) -> Reason:
         soon = self.future if self.future is not None else self.free
         consolidate = self.yard.rules.consolidate
-        shadow = reserve(self.free, soon, self._ends(), gang, allowed, consolidate=consolidate)
+        shadow = reserve(self.free, soon, self._ends(), gang, allowed, self.now, consolidate=consolidate)
         if shadow is not None:
             self.reservation, self.lasting, self.reserved = shadow.reservation, shadow.lasting, shadow.nodes
             self.future = soon.copy()
+            self.no_promise.clear()
             self.soon = None
         elif least_room(self.yard.idle, gang, allowed, consolidate=consolidate) is None:
             # Of the ways to run it, those that its queue may have are not those for which there are nodes.
@@ -316,27 +301,32 @@ class _Pass:
                 return explain.over_quota(needs, queue, self.held[queue.name], allowed)
         return explain.no_room(self.free, gang)
 
-    def _ends(self, queue: str | None = None) -> Iterator[End]:
+    def _ends(self, queue: str | None = None) -> list[End]:
         """Of all that hold slots and are not told to stop, and of those that start now if their end is known; of one
-        queue, or of all."""
+        queue, or of all. In order; of those that should have ended, which held their slots longest come first."""
         yard, now = self.yard, self.now
-        for job_id, held in yard.running.items():
-            if held.gang.queue == (queue or held.gang.queue) and not held.stopping and job_id not in self.stops:
-                yield max(now, yard.ends_at(job_id)), held.since, job_id, held.placement
+        ends = yard.standing.ends
+        if self.stops:
+            ends = [end for end in ends if end[2] not in self.stops]
+        if queue is not None:
+            ends = [end for end in ends if yard.running[end[2]].gang.queue == queue]
+        overdue = bisect_left(ends, now, key=_when)
+        ends = sorted(ends[:overdue], key=_since) + ends[overdue:]
         for start in self.starts:
             gang = yard.waiting[start.job_id]
             known = gang.oracle_s is not None or gang.left_s is not None
             if known and gang.queue == (queue or gang.queue):
-                yield ends_by(yard, gang, now), now, start.job_id, start.placement
+                insort(ends, (max(now, ends_by(yard, gang, now)), now, start.job_id, start.placement), lo=overdue)
+        return ends
 
     def _allowed(self, queue: Queue) -> int:
         return allowed(self.yard, queue, self.held, self.free)
 
-    def _impossible(self, gang: Gang) -> Reason | None:
+    def _impossible(self, gang: Gang, shape: Shape) -> Reason | None:
         consolidate = self.yard.rules.consolidate
         if gang.misfit is not None:
             return explain.why_impossible(self.yard.idle, gang, consolidate=consolidate)
-        known, shape = self.yard.impossible, shape_of(gang)
+        known = self.yard.impossible
         if shape not in known:
             known[shape] = explain.why_impossible(self.yard.idle, gang, consolidate=consolidate)
         return known[shape]
@@ -364,19 +354,12 @@ class _Pass:
 
     def _protected_until(self) -> float:
         """When the first running gang may be stopped, or grow, that may not yet."""
-        yard, rules = self.yard, self.yard.rules
-        elastic = yard.elastic.values() if rules.resize else ()
-        if not self._for_room():
-            times = (held.since + rules.grow_after_s for held in elastic if held.processes < held.gang.max_processes)
-            return min((at for at in times if at > self.now), default=math.inf)
-        sinces = [(held.since, rules.min_run_for_class_s) for held in elastic if held.gang.priority <= self.highest]
-        for rank, alike in yard.ranks.items() if rules.preempt else ():
-            lower = rank[0] < self.highest
-            if lower or (rank[0] == self.highest and yard.queues):
-                sinces += [(held.since, rules.min_run_for_class_s) for held in alike.values()]
-            if lower or (rank[0] == self.highest and -rank[1] > self.best):
-                sinces += [(held.since, rules.min_run_s) for held in alike.values()]
-        return min((since + limit for since, limit in sinces if since + limit > self.now), default=math.inf)
+        standing, rules = self.yard.standing, self.yard.rules
+        if self._for_room():
+            return standing.ripens.next_at() if rules.preempt or (rules.resize and standing.elastic) else math.inf
+        elastic = standing.elastic.values() if rules.resize else ()
+        times = (held.since + rules.grow_after_s for held in elastic if held.processes < held.gang.max_processes)
+        return min((at for at in times if at > self.now), default=math.inf)
 
 
 @dataclass(slots=True)
@@ -387,12 +370,3 @@ class _Around:
     """When it starts if others of its queue end as expected."""
     extra: int
     """Ranks beside it for those that outlast that."""
-
-
-class _Head(tuple[Entry, int, Shape]):
-    """Compared by the entry alone: shapes have no order."""
-
-    __slots__ = ()
-
-    def __lt__(self, other: object) -> bool:
-        return bool(self[0] < other[0])  # type: ignore[index]

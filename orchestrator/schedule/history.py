@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -22,6 +24,11 @@ SMOOTHING = 30.0
 """Weight, in jobs, of the queue's history beside that of like jobs, and of everybody's beside the queue's."""
 FEW = 10
 """Jobs below which a quantile is a guess."""
+REMEMBERED = 4096
+"""Changes of answers that can be told apart."""
+
+Kind = tuple[str, str, int]
+"""Jobs that are alike: of the same queue, name and magnitude of size."""
 
 
 class Job(Protocol):
@@ -91,25 +98,49 @@ class History:
     def __init__(self) -> None:
         self._everybody = _Table(None)
         self._queues: dict[str, _Table] = {}
-        self._alike: dict[tuple[str, str, int], _Table] = {}
+        self._alike: dict[Kind, _Table] = {}
         self.version = 0
-        """Changes when answers do."""
+        """Counts changes of answers."""
+        self._changes: deque[str | Kind | None] = deque(maxlen=REMEMBERED)
+        """Which table each was of: of everybody, of a queue, or of a kind."""
 
     def add(self, ran: Ran) -> None:
         queue = self._queues.get(ran.queue) or self._queues.setdefault(ran.queue, _Table(self._everybody))
-        key = (ran.queue, ran.name, _magnitude(ran.processes))
-        alike = self._alike.get(key) or self._alike.setdefault(key, _Table(queue))
-        # The general ones first: the special ones draw on them.
-        changed = [table.add(ran.ran_s) for table in (self._everybody, queue, alike)]
-        self.version += any(changed)
+        kind = (ran.queue, ran.name, _magnitude(ran.processes))
+        alike = self._alike.get(kind) or self._alike.setdefault(kind, _Table(queue))
+        # The general ones first: the special ones draw on them. The first job of a table is a change, too.
+        for name, table in ((None, self._everybody), (ran.queue, queue), (kind, alike)):
+            if table.add(ran.ran_s):
+                self._changes.append(name)
+                self.version += 1
+
+    def changed(self, version: int, kinds: Collection[Kind]) -> Collection[Kind]:
+        """Those of `kinds` for which answers are others than at `version`, or perhaps are."""
+        changes = self.version - version
+        if changes > len(self._changes):
+            return kinds
+        names = {self._changes[-1 - back] for back in range(changes)}
+        if None not in names and not any(isinstance(name, str) for name in names):
+            return [name for name in names if name in kinds]  # type: ignore[misc]
+        return [kind for kind in kinds if self._name(kind) in names]
+
+    def _name(self, kind: Kind) -> str | Kind | None:
+        """Of the table that answers for a kind."""
+        return kind if kind in self._alike else kind[0] if kind[0] in self._queues else None
 
     def expected_s(self, job: Job, ran_s: float) -> float:
         """Seconds per completion, if the job that ran for `ran_s` runs on: Gittins' index, turned over."""
         return self._table(job).index[bisect_right(GRID, ran_s) - 1]
 
-    def class_of(self, ran_s: float) -> float:
-        """The run time at which its class begins."""
-        return GRID[bisect_right(GRID, ran_s) - 1]
+    def class_at(self, began: float, now: float) -> tuple[float, float]:
+        """Run times at which the class of a job begins and ends that runs since `began`. It changes at the very
+        moment `began` + end, however that rounds."""
+        at = bisect_right(GRID, max(0.0, now - began)) - 1
+        if at + 1 < len(GRID) and began + GRID[at + 1] <= now:
+            at += 1
+        elif at and began + GRID[at] > now:
+            at -= 1
+        return GRID[at], GRID[at + 1] if at + 1 < len(GRID) else math.inf
 
     def next_class_s(self, ran_s: float) -> float:
         """The run time at which `expected_s` is another one; math.inf after the last."""
@@ -138,8 +169,11 @@ class History:
         return GRID[-1] - ran_s if ran_s < GRID[-1] else ran_s
 
     def _table(self, job: Job) -> _Table:
-        key = (job.queue, job.name, _magnitude(job.min_processes))
-        return self._alike.get(key) or self._queues.get(job.queue) or self._everybody
+        return self._alike.get(kind_of(job)) or self._queues.get(job.queue) or self._everybody
+
+
+def kind_of(job: Job) -> Kind:
+    return job.queue, job.name, _magnitude(job.min_processes)
 
 
 def _magnitude(processes: int) -> int:

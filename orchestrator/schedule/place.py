@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from orchestrator.cluster.capacity import Capacity, Fit, bits
 from orchestrator.cluster.model import UNKNOWN_NEED, Need, Option, Placement
@@ -102,6 +102,34 @@ def least_room(capacity: Capacity, gang: Gang, most: int, *, consolidate: bool =
             )
             if where:
                 return where, option.need
+    return None
+
+
+def room_after(
+    capacity: Capacity, gang: Gang, most: int, leaving: Iterable[Placement], *, consolidate: bool = False
+) -> tuple[int, Fit, Need] | None:
+    """Where a gang goes in the same way once enough of `leaving`, in this order, are gone, and after how many; None
+    if all are too few. They are given back to `capacity`, so many of them."""
+    mask = capacity.taking("cuda", gang.accelerator) | capacity.taking("cpu", gang.accelerator)
+    wanted, ground = gang.min_processes, capacity.ground
+    size = max((size for size, nodes in ground.of_size.items() if nodes & mask), default=0)
+    # It can only go to a node that just became freer.
+    one_node = consolidate and wanted <= size and gang.options is None
+    free = capacity.total(mask)
+    for count, placement in enumerate(leaving, 1):
+        capacity.give(placement)
+        free += placement.world_size
+        if free < wanted:
+            continue
+        if one_node and not any(
+            capacity.free_at[ground.index[share.node]] >= wanted
+            for share in placement.shares
+            if share.node in ground.index
+        ):
+            continue
+        found = least_room(capacity, gang, most, consolidate=consolidate)
+        if found is not None:
+            return count, *found
     return None
 
 

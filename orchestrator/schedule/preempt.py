@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.cluster.capacity import Capacity, Fit
-from orchestrator.cluster.model import UNKNOWN_NEED, Need
-from orchestrator.schedule.gang import Gang, Held, Stop, Why
+from orchestrator.cluster.model import UNKNOWN_NEED, Need, Placement
+from orchestrator.schedule.gang import Gang, Held, Rules, Stop, Why
 from orchestrator.schedule.order import borrows, share_of
-from orchestrator.schedule.place import least_room, room_for
+from orchestrator.schedule.place import least_room, room_after, room_for
 from orchestrator.schedule.yard import Yard
 
 
@@ -36,73 +38,123 @@ def sizes(gang: Gang) -> tuple[int, ...]:
 
 def may_stop(yard: Yard, gang: Gang, level: int, held: Held, ranks: Mapping[str, int], now: float) -> Why | None:
     """For what reason `held` may be stopped for the waiting `gang`, if for any; `ranks` is what queues will hold."""
-    rules, other = yard.rules, held.gang
-    if other.priority > gang.priority:
-        return None
-    ran = now - held.since
-    if other.priority < gang.priority:
-        return Why.HIGHER_CLASS if ran >= rules.min_run_for_class_s else None
-    if other.queue != gang.queue:
-        mine, theirs = yard.queue(gang.queue), yard.queue(other.queue)
+    other = held.gang
+    why = _why(yard, gang, level, (other.priority, -yard.level(other.job_id)), other.queue, ranks, now)
+    return why if why is not None and _long_enough(yard.rules, held, why, now) else None
+
+
+def _why(
+    yard: Yard, gang: Gang, level: int, rank: tuple[int, int], queue: str, ranks: Mapping[str, int], now: float
+) -> Why | None:
+    """The same, of all that are of one class and level, the `rank`, and of one queue, once they ran long enough."""
+    priority, turned = rank
+    if priority != gang.priority:
+        return Why.HIGHER_CLASS if priority < gang.priority else None
+    if queue != gang.queue:
+        mine, theirs = yard.queue(gang.queue), yard.queue(queue)
         wanted = ranks[mine.name] + gang.min_processes
         own = mine.guaranteed is not None and wanted <= mine.guaranteed
         if own and borrows(theirs, ranks[theirs.name]):
-            return Why.QUOTA if ran >= rules.min_run_for_class_s else None
+            return Why.QUOTA
         if share_of(mine, wanted) > share_of(theirs, ranks[theirs.name]):
             return None
-    if (
-        yard.level(other.job_id) <= level
-        or ran < rules.min_run_s
-        or other.evictions >= rules.max_evictions
-        or now - gang.queued_at < rules.patience_s
-    ):
-        return None
-    return Why.SHORTER
+    return Why.SHORTER if -turned > level and now - gang.queued_at >= yard.rules.patience_s else None
+
+
+def _long_enough(rules: Rules, held: Held, why: Why, now: float) -> bool:
+    if why is Why.SHORTER:
+        return now >= held.since + rules.min_run_s and held.gang.evictions < rules.max_evictions
+    return now >= held.since + rules.min_run_for_class_s
 
 
 class Reach:
-    """Ranks that could be made free, added up once a decision: most who ask in vain are told so at once."""
+    """Who could make room, and for how many ranks: most who ask in vain are told so by sums that are kept.
 
-    def __init__(self, yard: Yard, now: float) -> None:
-        rules = yard.rules
-        self.yard, self.now = yard, now
-        self.protected: Counter[int] = Counter()
-        """By class, what ran long enough to stop for a higher one, or for a guarantee."""
-        self.longer: dict[tuple[int, str], Counter[int]] = {}
-        """By class, queue and level, what may stop for a shorter one."""
+    Of one decision: `ranks` is what queues will hold, and `changed` tells when that is something else.
+    """
+
+    def __init__(self, yard: Yard, ranks: Mapping[str, int], now: float) -> None:
+        self.yard, self.ranks, self.now = yard, ranks, now
+        self.standing = yard.standing
         self.shrinkable: Counter[int] = Counter()
-        for (priority, turned), alike in yard.ranks.items():
-            for held in alike.values():
-                ran = now - held.since
-                if ran >= rules.min_run_for_class_s:
-                    self.protected[priority] += held.processes
-                if ran >= rules.min_run_s and held.gang.evictions < rules.max_evictions:
-                    levels = self.longer.setdefault((priority, held.gang.queue), Counter())
-                    levels[-turned] += held.processes
-        for held in yard.elastic.values():
-            if now - held.since >= rules.min_run_for_class_s and (smaller := _smaller(held)):
+        for held in yard.standing.elastic.values():
+            if now >= held.since + yard.rules.min_run_for_class_s and (smaller := _smaller(held)):
                 self.shrinkable[held.gang.priority] += held.processes - smaller[-1]
+        self._longer: dict[tuple[int, int], tuple[list[tuple[bool, float]], list[int], dict[str, int]]] = {}
+        self._lower: dict[int, int] = {}
+        self._cheapest: dict[tuple[tuple[int, int], str], list[tuple[float, str, Held]]] = {}
+
+    def changed(self) -> None:
+        self._longer.clear()
 
     def shrinks(self, gang: Gang) -> int:
         """At most so many ranks are free when all have shrunk that may for `gang`."""
         return sum(ranks for priority, ranks in self.shrinkable.items() if priority <= gang.priority)
 
-    def stops(self, gang: Gang, level: int, ranks: Mapping[str, int]) -> int:
+    def stops(self, gang: Gang, level: int) -> int:
         """The same, when all have stopped: see may_stop."""
-        total = sum(held for priority, held in self.protected.items() if priority < gang.priority)
+        for_class = self.standing.for_class
+        if gang.priority not in self._lower:
+            self._lower[gang.priority] = sum(held for priority, held in for_class.items() if priority < gang.priority)
+        total = self._lower[gang.priority]
         mine = self.yard.queue(gang.queue)
-        wanted = ranks[mine.name] + gang.min_processes
+        wanted = self.ranks[mine.name] + gang.min_processes
         if mine.guaranteed is not None and wanted <= mine.guaranteed:
-            return total + self.protected[gang.priority]
+            return total + for_class[gang.priority]
         if self.now - gang.queued_at < self.yard.rules.patience_s:
             return total
-        share = share_of(mine, wanted)
-        for (priority, name), levels in self.longer.items():
-            if priority == gang.priority and (
-                name == mine.name or share <= share_of(self.yard.queue(name), ranks[name])
-            ):
-                total += sum(held for at, held in levels.items() if at > level)
-        return total
+        key = gang.priority, level
+        if key not in self._longer:
+            self._longer[key] = self._of_longer(*key)
+        shares, sums, own = self._longer[key]
+        # Its own queue holds less than it would with the gang, so its share is not among those that are found.
+        return total + own.get(gang.queue, 0) + sums[bisect_left(shares, share_of(mine, wanted))]
+
+    def _of_longer(self, priority: int, level: int) -> tuple[list[tuple[bool, float]], list[int], dict[str, int]]:
+        """Ranks of a class that are in later levels: the shares of queues, in order; of each and all that come after
+        it, the sum; and by queue."""
+        own = {
+            name: sum(held for at, held in levels.items() if at > level)
+            for name, levels in self.standing.for_level.get(priority, {}).items()
+        }
+        shares = sorted((share_of(self.yard.queue(name), self.ranks[name]), held) for name, held in own.items())
+        sums = [0]
+        for _, held in reversed(shares):
+            sums.append(sums[-1] + held)
+        return [share for share, _ in shares], sums[::-1], own
+
+    def victims(self, gang: Gang, level: int, stopped: Mapping[str, Stop], why_of: dict[str, Why]) -> Iterator[Held]:
+        """Gangs that may stop for `gang`, one after the other as long as more is needed; `why_of` gets the reasons.
+
+        The lowest class goes first, then what has the most work ahead, then what loses the least since it last saved.
+        """
+        yard, gone = self.yard, Counter[str]()
+        for rank in sorted(self.standing.ranks):
+            if rank[0] > gang.priority or (rank[0] == gang.priority and -rank[1] <= level and not yard.queues):
+                return
+            whys = {
+                name: why
+                for name in self.standing.ranks[rank]
+                if (why := _why(yard, gang, level, rank, name, self.ranks, self.now)) is not None
+            }
+            for _, job_id, held in heapq.merge(*(self._in_order(rank, name) for name in whys)):
+                name = held.gang.queue
+                why = whys[name]
+                if job_id in stopped or not _long_enough(yard.rules, held, why, self.now):
+                    continue
+                if why is Why.QUOTA and not borrows(yard.queue(name), self.ranks[name] - gone[name]):
+                    continue  # with those before it gone, its queue holds no more than is its own
+                gone[name] += held.processes
+                why_of[job_id] = why
+                yield held
+
+    def _in_order(self, rank: tuple[int, int], queue: str) -> list[tuple[float, str, Held]]:
+        """Those of a rank and a queue, the cheapest first."""
+        key = rank, queue
+        if key not in self._cheapest:
+            alike = self.standing.ranks[rank][queue].items()
+            self._cheapest[key] = sorted((held.lost_s(self.now), job_id, held) for job_id, held in alike)
+        return self._cheapest[key]
 
 
 def make_room(
@@ -112,47 +164,30 @@ def make_room(
     gang: Gang,
     level: int,
     stopped: Mapping[str, Stop],
-    ranks: Mapping[str, int],
     most: int,
-    now: float,
 ) -> Room | None:
     """The cheapest stops after which `gang`, of at most `most` ranks, fits into `future`; None if none do.
 
-    `future` is what will be free without them, and `ranks` what queues will hold. The lowest class goes first, then
-    what has the most work ahead, then what loses the least since it last saved.
+    `future` is what will be free without them.
     """
     rules = yard.rules
     room = _Search(yard, future, gang, most)
     free = future.total(room.mask)
-    if rules.resize and yard.elastic and free + reach.shrinks(gang) >= gang.min_processes:
-        elastic = [held for held in yard.elastic.values() if _smaller(held) and held.gang.job_id not in stopped]
-        if elastic and (shrunk := _shrink(room, elastic, now)) is not None:
+    if rules.resize and yard.standing.elastic and free + reach.shrinks(gang) >= gang.min_processes:
+        elastic = [
+            held for held in yard.standing.elastic.values() if _smaller(held) and held.gang.job_id not in stopped
+        ]
+        if elastic and (shrunk := _shrink(room, elastic, reach.now)) is not None:
             return shrunk
-    if not rules.preempt or free + reach.stops(gang, level, ranks) < gang.min_processes:
+    if not rules.preempt or free + reach.stops(gang, level) < gang.min_processes:
         return None
     why_of: dict[str, Why] = {}
-    allowed: list[Held] = []
-    gone: Counter[str] = Counter()
-    for rank in sorted(yard.ranks):
-        if rank[0] > gang.priority or (rank[0] == gang.priority and -rank[1] <= level and not yard.queues):
-            break
-        alike = []
-        for job_id, held in yard.ranks[rank].items():
-            if job_id not in stopped and (why := may_stop(yard, gang, level, held, ranks, now)) is not None:
-                why_of[job_id] = why
-                alike.append(held)
-        alike.sort(key=lambda held: (held.lost_s(now), held.gang.job_id))
-        for held in alike:
-            queue, quota = yard.queue(held.gang.queue), why_of[held.gang.job_id] is Why.QUOTA
-            if quota and not borrows(queue, ranks[queue.name] - gone[queue.name]):
-                continue  # with those before it gone, its queue holds no more than is its own
-            gone[queue.name] += held.processes
-            allowed.append(held)
-    found = room.after(allowed)
+    found = room.after(reach.victims(gang, level, stopped, why_of))
     if found is None:
         return None
-    kept = room.needed(found, allowed)
-    return Room(tuple(Stop(one.gang.job_id, why_of[one.gang.job_id], gang.job_id) for one in kept), *found)
+    where, need, gone = found
+    kept = room.needed(where, need, gone)
+    return Room(tuple(Stop(one.gang.job_id, why_of[one.gang.job_id], gang.job_id) for one in kept), where, need)
 
 
 def _shrink(room: _Search, elastic: list[Held], now: float) -> Room | None:
@@ -161,7 +196,7 @@ def _shrink(room: _Search, elastic: list[Held], now: float) -> Room | None:
     allowed = [
         held
         for held in elastic
-        if held.gang.priority <= gang.priority and now - held.since >= room.yard.rules.min_run_for_class_s
+        if held.gang.priority <= gang.priority and now >= held.since + room.yard.rules.min_run_for_class_s
     ]
     allowed.sort(key=lambda held: (held.gang.priority, held.lost_s(now), held.gang.job_id))
     capacity = room.future.copy()
@@ -225,35 +260,21 @@ class _Search:
     def fit(self, capacity: Capacity) -> tuple[Fit, Need] | None:
         return least_room(capacity, self.gang, self.most, consolidate=self.yard.rules.consolidate)
 
-    def after(self, victims: Sequence[Held]) -> tuple[Fit, Need] | None:
-        """Where the gang goes once enough of `victims`, in this order, are gone; None if that is never."""
-        wanted = self.gang.min_processes
-        if self.future.total(self.mask) + sum(held.processes for held in victims) < wanted:
-            return None
-        capacity = self.future.copy()
-        size = max((size for size, nodes in capacity.ground.of_size.items() if nodes & self.mask), default=0)
-        one_node = wanted <= size
-        free = capacity.total(self.mask)
-        for held in victims:
-            capacity.give(held.placement)
-            free += held.processes
-            if free < wanted:
-                continue
-            if one_node and self.yard.rules.consolidate and not self._room_on_one(capacity, held, wanted):
-                continue
-            if found := self.fit(capacity):
-                return found
-        return None
+    def after(self, victims: Iterable[Held]) -> tuple[Fit, Need, list[Held]] | None:
+        """Where the gang goes once enough of `victims`, in this order, are gone, and those; None if that is never."""
+        gone: list[Held] = []
 
-    def _room_on_one(self, capacity: Capacity, held: Held, wanted: int) -> bool:
-        index = capacity.ground.index
-        return any(
-            capacity.free_at[index[share.node]] >= wanted for share in held.placement.shares if share.node in index
-        )
+        def leaving() -> Iterator[Placement]:
+            for held in victims:
+                gone.append(held)
+                yield held.placement
 
-    def needed(self, found: tuple[Fit, Need], victims: Sequence[Held]) -> list[Held]:
+        consolidate = self.yard.rules.consolidate
+        found = room_after(self.future.copy(), self.gang, self.most, leaving(), consolidate=consolidate)
+        return (found[1], found[2], gone) if found is not None else None
+
+    def needed(self, where: Fit, need: Need, victims: Sequence[Held]) -> list[Held]:
         """Those of `victims` without whose slots there is no such room, the cheapest kept."""
-        where, need = found
         capacity = self.future.copy()
         wanted = {capacity.nodes[at].id: (at, ranks) for at, ranks in where}
         near = [held for held in victims if any(share.node in wanted for share in held.placement.shares)]
@@ -273,7 +294,7 @@ def growths(yard: Yard, now: float) -> Iterator[Held]:
     """Gangs that would go on with more ranks, those that have the fewest of what they may have first."""
     able = [
         held
-        for held in yard.elastic.values()
-        if held.processes < held.gang.max_processes and now - held.since >= yard.rules.grow_after_s
+        for held in yard.standing.elastic.values()
+        if held.processes < held.gang.max_processes and now >= held.since + yard.rules.grow_after_s
     ]
     yield from sorted(able, key=lambda held: (-held.gang.priority, held.processes, held.gang.sequence))

@@ -15,10 +15,9 @@ MANY = 1 << 30
 def allowed(yard: Yard, queue: Queue, held: Mapping[str, int], free: Capacity) -> int:
     """Ranks that a queue may still take, when queues hold `held`."""
     most = queue.ceiling - held[queue.name] if queue.ceiling is not None else MANY
-    kept = 0
-    for other in yard.queues.values():
-        if other.name != queue.name and not other.lendable and other.guaranteed is not None:
-            kept += max(0, other.guaranteed - held[other.name])
+    if not yard.keepers:
+        return most
+    kept = sum(max(0, own - held[name]) for name, own in yard.keepers if name != queue.name)
     if kept:
         own = max(0, (queue.guaranteed or 0) - held[queue.name])
         most = min(most, max(own, free.total(free.ground.open) - kept))
@@ -27,11 +26,7 @@ def allowed(yard: Yard, queue: Queue, held: Mapping[str, int], free: Capacity) -
 
 def most(yard: Yard, queue: Queue) -> int:
     """Ranks that a queue may hold at most, when all that is lent is free."""
-    kept = sum(
-        other.guaranteed
-        for other in yard.queues.values()
-        if other.name != queue.name and not other.lendable and other.guaranteed is not None
-    )
+    kept = sum(own for name, own in yard.keepers if name != queue.name)
     bound = queue.ceiling if queue.ceiling is not None else MANY
     if kept:
         bound = min(bound, max(queue.guaranteed or 0, yard.idle.total(yard.idle.ground.open) - kept))

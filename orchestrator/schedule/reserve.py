@@ -7,17 +7,14 @@ gangs are expected to leave them; others start before it where they do not delay
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.cluster.capacity import Capacity
-from orchestrator.cluster.model import Placement
 from orchestrator.schedule.gang import Gang, Reservation
-from orchestrator.schedule.place import least_room
+from orchestrator.schedule.place import room_after
+from orchestrator.schedule.standing import End
 from orchestrator.schedule.yard import Yard
-
-End = tuple[float, float, str, Placement]
-"""When a gang is expected to leave its slots, when it took them, its job, and the slots."""
 
 
 def ends_by(yard: Yard, gang: Gang, now: float) -> float:
@@ -41,21 +38,22 @@ class Shadow:
 
 
 def reserve(
-    free: Capacity, soon: Capacity, ends: Iterable[End], gang: Gang, most: int, *, consolidate: bool = False
+    free: Capacity, soon: Capacity, ends: Sequence[End], gang: Gang, most: int, now: float, *, consolidate: bool = False
 ) -> Shadow | None:
     """When and where `gang`, of at most `most` ranks, starts if others end as expected; None if never.
 
-    `soon` is what is free when those that were told to stop, now or before, have ended; `ends` is of the others.
+    `soon` is what is free when those that were told to stop, now or before, have ended; `ends` is of the others, in
+    order.
     """
     later = soon.copy()
-    for at, _, _, placement in sorted(ends, key=lambda end: end[:3]):
-        later.give(placement)
-        found = least_room(later, gang, most, consolidate=consolidate)
-        if found is not None:
-            where, need = found
-            later.promise(where, gang.accelerator, need)
-            lasting = free.copy()
-            lasting.limit(where, later)
-            slots = tuple((free.nodes[node].id, ranks) for node, ranks in where)
-            return Shadow(Reservation(gang.job_id, at, slots), lasting, sum(1 << node for node, _ in where))
-    return None
+    leaving = (placement for _, _, _, placement in ends)
+    found = room_after(later, gang, most, leaving, consolidate=consolidate)
+    if found is None:
+        return None
+    count, where, need = found
+    later.promise(where, gang.accelerator, need)
+    lasting = free.copy()
+    lasting.limit(where, later)
+    slots = tuple((free.nodes[node].id, ranks) for node, ranks in where)
+    at = max(now, ends[count - 1][0])
+    return Shadow(Reservation(gang.job_id, at, slots), lasting, sum(1 << node for node, _ in where))

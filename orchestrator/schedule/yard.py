@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,9 +10,11 @@ from dataclasses import replace
 from orchestrator.cluster.capacity import Capacity
 from orchestrator.cluster.model import Node
 from orchestrator.job.lifecycle import Reason
+from orchestrator.schedule.dues import Dues
 from orchestrator.schedule.gang import Gang, Held, Queue, Rules
-from orchestrator.schedule.history import History
+from orchestrator.schedule.history import History, Kind, kind_of
 from orchestrator.schedule.order import AT_ONCE, Lines, Shape, level_of, next_fall_s, next_lift_s
+from orchestrator.schedule.standing import Standing
 
 MOMENT_S = 1e-3
 """Levels are looked at so much after they should change, so that rounding does not make it too early."""
@@ -43,16 +44,17 @@ class Yard:
         self.lines = Lines()
         self.impossible: dict[Shape, Reason | None] = {}
         """Why no gang of a shape could start if nothing ran; forgotten when the nodes change."""
-        self.ranks: dict[tuple[int, int], dict[str, Held]] = {}
-        """Gangs that can be told to stop, by class and by level turned round: the first would go first."""
-        self.elastic: dict[str, Held] = {}
-        """Those of them that could run with another number of ranks."""
-        self._ends: dict[str, tuple[float, float]] = {}
+        self.leaving: dict[str, Held] = {}
+        """Gangs that were told to stop and still hold their slots."""
+        self.standing = Standing(self.rules, self.history)
+        self._unnamed: dict[str, Queue] = {}
+        self._kinds: dict[Kind, dict[str, None]] = {}
         self._levels: dict[str, int] = {}
-        self._due: list[tuple[float, str]] = []
-        self._due_at: dict[str, float] = {}
-        """Which entry of a gang counts: others are left of what it was before."""
-        self._version = -1
+        self._due = Dues()
+        """When time alone changes a level."""
+        self._fresh = False
+        """Whether levels, lines and standing are kept up: from the first decision on."""
+        self._version = 0
         self._now = -math.inf
         self.set_queues(queues)
         self.set_nodes(nodes, closed=closed, drained=drained)
@@ -70,53 +72,65 @@ class Yard:
     def set_queues(self, queues: Iterable[Queue]) -> None:
         """Those that are not named have a weight of 1 and no bounds."""
         self.queues: Mapping[str, Queue] = {queue.name: queue for queue in queues}
+        self.keepers = tuple(
+            (queue.name, queue.guaranteed)
+            for queue in self.queues.values()
+            if queue.guaranteed is not None and not queue.lendable
+        )
+        """Those that do not lend, each with what is its own."""
 
     def queue(self, name: str) -> Queue:
-        return self.queues.get(name) or Queue(name)
+        return self.queues.get(name) or self._unnamed.setdefault(name, Queue(name))
 
     def wait(self, gang: Gang) -> None:
         """A gang that wants to start, or is another one than before."""
         if gang.job_id in self.waiting:
             self.leave(gang.job_id)
         self.waiting[gang.job_id] = gang
+        self._join(gang)
         if self._fresh:
-            self._enter(gang)
+            self.lines.add(gang, self._level_waiting(gang))
 
     def leave(self, job_id: str) -> None:
         """It does not wait any more."""
         gang = self.waiting.pop(job_id)
-        level = self._levels.pop(job_id, 0)
-        self._due_at.pop(job_id, None)
+        self._part(gang)
         if self._fresh:
-            self.lines.remove(gang, level)
+            self.lines.remove(gang, self._levels[job_id])
+            self._unrate(job_id)
 
     def hold(self, held: Held) -> None:
         """A gang holds slots from now on, or holds them otherwise than before."""
         job_id = held.gang.job_id
-        before = self.running.get(job_id)
         if job_id in self.waiting:
             self.leave(job_id)
-        if before is not None and before.placement == held.placement and before.gang.queue == held.gang.queue:
-            self.running[job_id] = held
-            if self._fresh:
-                self._unrate(before)
-                self._rate(held)
-            return
-        if before is not None:
+        before = self.running.get(job_id)
+        same = before is not None and before.placement == held.placement and before.gang.queue == held.gang.queue
+        if same and before is not None:
+            self._part(before.gang)
+            self._unrate(job_id)
+        elif before is not None:
             self.release(job_id)
         self.running[job_id] = held
-        self.capacity.take(held.placement)
-        self.held[held.gang.queue] += held.processes
-        if held.gang.group is not None:
-            self.groups[held.gang.group] += 1
+        self._join(held.gang)
+        if held.stopping:
+            self.leaving[job_id] = held
+        else:
+            self.leaving.pop(job_id, None)
+        if not same:
+            self.capacity.take(held.placement)
+            self.held[held.gang.queue] += held.processes
+            if held.gang.group is not None:
+                self.groups[held.gang.group] += 1
         if self._fresh:
             self._rate(held)
 
     def release(self, job_id: str) -> Held:
         """It holds nothing any more."""
         held = self.running.pop(job_id)
-        self._unrate(held)
-        self._due_at.pop(job_id, None)
+        self.leaving.pop(job_id, None)
+        self._part(held.gang)
+        self._unrate(job_id)
         self.capacity.give(held.placement)
         self.held[held.gang.queue] -= held.processes
         if held.gang.group is not None:
@@ -134,31 +148,31 @@ class Yard:
         new.drained, new.queues, new.impossible = self.drained, self.queues, self.impossible
         new.waiting, new.running = self.waiting.copy(), self.running.copy()
         new.groups, new.held = self.groups.copy(), self.held.copy()
+        new.keepers, new.leaving = self.keepers, self.leaving.copy()
+        new._kinds = {kind: alike.copy() for kind, alike in self._kinds.items()}
         return new
 
     # What follows from it.
 
     def refresh(self, now: float) -> None:
-        """Bring levels up to `now`: gangs rise as they wait and sink as they run."""
+        """Bring levels up to `now`: gangs rise as they wait and sink as they run; what history tells may be new."""
+        version, self._version = self._version, self.history.version
         if not self._fresh or now < self._now:
-            self._now, self._version = now, self.history.version
-            self._due, self._due_at, self._levels, self._ends, self.ranks, self.elastic = [], {}, {}, {}, {}, {}
+            self._now, self._fresh = now, True
+            self._due, self._levels = Dues(), {}
+            self.standing = Standing(self.rules, self.history)
             self.lines.fill((gang, self._level_waiting(gang)) for gang in self.waiting.values())
             for held in self.running.values():
                 self._rate(held)
             return
         self._now = now
-        while self._due and (self._due[0][0] <= now or self._due_at.get(self._due[0][1]) != self._due[0][0]):
-            at, job_id = heapq.heappop(self._due)
-            if self._due_at.get(job_id) != at:
-                continue
-            if job_id in self.running:
-                self._unrate(self.running[job_id])
-                self._rate(self.running[job_id])
-            elif job_id in self.waiting:
-                gang = self.waiting[job_id]
-                self.lines.remove(gang, self._levels[job_id])
-                self._enter(gang)
+        if version != self._version:
+            for kind in self.history.changed(version, self._kinds):
+                for job_id in self._kinds[kind]:
+                    self._rate_again(job_id)
+        for job_id in self._due.pop(now):
+            self._rate_again(job_id)
+        self.standing.refresh(now)
 
     def in_order(self) -> Iterator[Gang]:
         """Waiting gangs in the order of the queue as it stands, by class, level and submission."""
@@ -175,23 +189,18 @@ class Yard:
         """As of the last refresh."""
         return self._levels[job_id]
 
-    def ends_at(self, job_id: str) -> float:
-        """When a running gang is expected to leave its slots; may be past, and math.inf where nobody knows."""
-        end, until = self._ends.get(job_id, (0.0, -math.inf))
-        if self._now >= until:
-            end, until = self._ends[job_id] = self._expect(self.running[job_id])
-        return end
+    def next_level_at(self) -> float:
+        """When time alone changes a level; math.inf for never."""
+        return self._due.next_at()
 
-    def next_level_at(self) -> float | None:
-        """When time alone changes a level."""
-        return self._due[0][0] if self._due else None
+    def _join(self, gang: Gang) -> None:
+        self._kinds.setdefault(kind_of(gang), {})[gang.job_id] = None
 
-    @property
-    def _fresh(self) -> bool:
-        return self._version == self.history.version
-
-    def _enter(self, gang: Gang) -> None:
-        self.lines.add(gang, self._level_waiting(gang))
+    def _part(self, gang: Gang) -> None:
+        kind = kind_of(gang)
+        del self._kinds[kind][gang.job_id]
+        if not self._kinds[kind]:
+            del self._kinds[kind]
 
     def _level_waiting(self, gang: Gang) -> int:
         waited = gang.waited_s + max(0.0, self._now - gang.queued_at)
@@ -207,10 +216,7 @@ class Yard:
         gang = held.gang
         ran = gang.ran_s + max(0.0, self._now - held.since)
         level = self._levels[gang.job_id] = level_of(gang, ran, gang.waited_s, self.history, self.rules)
-        if held.can_stop:
-            self.ranks.setdefault((gang.priority, -level), {})[gang.job_id] = held
-            if gang.elastic:
-                self.elastic[gang.job_id] = held
+        self.standing.add(held, level, self._now)
         if gang.oracle_s is not None:
             ran = next_fall_s(gang, ran, gang.waited_s, self.rules)
         else:
@@ -219,33 +225,22 @@ class Yard:
                 ran = self.history.next_class_s(ran)
         self._look_again(gang, held.since + ran - gang.ran_s)
 
+    def _rate_again(self, job_id: str) -> None:
+        if job_id in self.running:
+            self.standing.remove(job_id)
+            self._rate(self.running[job_id])
+            return
+        gang, before = self.waiting[job_id], self._levels[job_id]
+        level = self._level_waiting(gang)
+        if level != before:
+            self.lines.remove(gang, before)
+            self.lines.add(gang, level)
+
+    def _unrate(self, job_id: str) -> None:
+        self._levels.pop(job_id, None)
+        self._due.drop(job_id)
+        self.standing.remove(job_id)
+
     def _look_again(self, gang: Gang, at: float) -> None:
         """Its level is another one then; math.inf for never."""
-        at = max(at, self._now) + MOMENT_S
-        if at != self._due_at.get(gang.job_id):
-            self._due_at[gang.job_id] = at
-            if math.isfinite(at):
-                heapq.heappush(self._due, (at, gang.job_id))
-
-    def _unrate(self, held: Held) -> None:
-        gang = held.gang
-        self._ends.pop(gang.job_id, None)
-        self.elastic.pop(gang.job_id, None)
-        level = self._levels.pop(gang.job_id, None)
-        if level is not None and held.can_stop:
-            alike = self.ranks[gang.priority, -level]
-            del alike[gang.job_id]
-            if not alike:
-                del self.ranks[gang.priority, -level]
-
-    def _expect(self, held: Held) -> tuple[float, float]:
-        """The end, and until when to believe it: by the class of its run time, so that it is the same at any time."""
-        gang = held.gang
-        limit = held.since + gang.left_s if gang.left_s is not None else math.inf
-        if gang.oracle_s is not None:
-            return min(limit, held.since + gang.oracle_s - gang.ran_s), math.inf
-        ran = gang.ran_s + max(0.0, self._now - held.since)
-        start = self.history.class_of(ran)
-        left = self.history.left_s(gang, start, 0.5)
-        end = min(limit, held.since - gang.ran_s + start + left if left is not None else math.inf)
-        return end, held.since - gang.ran_s + self.history.next_class_s(ran)
+        self._due.set(gang.job_id, max(at, self._now) + MOMENT_S)

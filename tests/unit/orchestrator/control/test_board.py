@@ -222,7 +222,13 @@ class World:
 def shown(yard: Yard, now: float) -> list[Any]:
     """All that decisions are made from, and they themselves."""
     decisions = decide(yard, now)
-    capacity = yard.capacity
+    capacity, standing = yard.capacity, yard.standing
+    for_level = {
+        (priority, name): +levels
+        for priority, queues in standing.for_level.items()
+        for name, levels in queues.items()
+        if +levels
+    }
     return [
         decisions,
         yard.waiting,
@@ -232,10 +238,13 @@ def shown(yard: Yard, now: float) -> list[Any]:
         capacity.free_at,
         [capacity.free(node) for node in capacity.nodes],
         yard.lines.classes,
-        yard.ranks,
-        yard.elastic,
+        standing.ranks,
+        standing.elastic,
+        +standing.for_class,
+        for_level,
+        standing.ends,
+        yard.leaving,
         {job_id: yard.level(job_id) for job_id in (*yard.waiting, *yard.running)},
-        {job_id: yard.ends_at(job_id) for job_id in yard.running},
         yard.queues,
         yard.drained,
     ]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.schedule.history import FEW, GRID, History, Ran, _index
+from orchestrator.schedule.history import FEW, GRID, REMEMBERED, History, Kind, Ran, _index
 from tests.builders import a_gang
 
 JOB = a_gang("j1", 1, queue="q", name="train")
@@ -164,6 +164,47 @@ def test_the_same_records_give_the_same_answers(found: list[Ran]) -> None:
 def test_classes() -> None:
     history = History()
     for start, following in pairwise(GRID):
-        assert history.class_of(start) == start == history.class_of((start + following) / 2)
+        assert history.class_at(0.0, start) == (start, following) == history.class_at(0.0, (start + following) / 2)
         assert history.next_class_s(start) == following
     assert math.isinf(history.next_class_s(GRID[-1]))
+    assert history.class_at(0.0, GRID[-1]) == (GRID[-1], math.inf)
+
+
+@given(began=st.floats(-1e9, 2e9), step=st.sampled_from(GRID[1:]))
+def test_a_class_begins_at_the_very_moment_that_was_told(began: float, step: float) -> None:
+    history, before = History(), GRID[GRID.index(step) - 1]
+    at = began + step
+    assert history.class_at(began, at)[0] == step
+    assert history.class_at(began, math.nextafter(at, -math.inf))[0] == before
+
+
+def test_what_changed_is_told_by_kind() -> None:
+    history = History()
+    a, b, other = ("q", "a", 0), ("q", "b", 0), ("r", "a", 0)
+    history.add(Ran("q", "a", 1, 100.0))
+    assert set(history.changed(0, [a, b, other])) == {a, b, other}  # the first of all is news to everybody
+    for _ in range(30):
+        history.add(Ran("q", "a", 1, 100.0))
+        history.add(Ran("r", "b", 1, 100.0))
+    # Of q's kind a there are 31, so that the table of the kind changes its mind at other times than its queue's.
+    for _ in range(5):
+        version, answer = history.version, {kind: told(history, kind) for kind in (a, b, other)}
+        history.add(Ran("q", "b", 1, 3e4))
+        changed = history.changed(version, [a, b, other])
+        assert b in changed or told(history, b) == answer[b]
+        assert a not in changed
+        assert told(history, a) == answer[a]
+        assert history.changed(history.version, [a, b, other]) == []
+
+
+def told(history: History, kind: Kind) -> float:
+    queue, name, _ = kind
+    return history.expected_s(a_gang("j1", queue=queue, name=name), 0.0)
+
+
+def test_who_asks_too_late_is_told_that_all_may_have_changed() -> None:
+    history = History()
+    for number in range(REMEMBERED + 1):
+        history.add(Ran("q", f"name-{number}", 1, 100.0))
+    assert history.changed(0, [("r", "x", 0)]) == [("r", "x", 0)]
+    assert history.changed(history.version - 1, [("r", "x", 0)]) == []

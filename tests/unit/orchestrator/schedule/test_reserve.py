@@ -138,7 +138,9 @@ def test_what_fits_at_no_time_gets_no_reservation() -> None:
     yard = a_yard(4)
     held = hold(yard, a_gang("j1", 4))
     for processes, at in ((4, 100.0), (5, None)):
-        shadow = reserve(yard.capacity, yard.capacity, [(100.0, 0.0, "j1", held.placement)], a_gang("j2", processes), 9)
+        shadow = reserve(
+            yard.capacity, yard.capacity, [(100.0, 0.0, "j1", held.placement)], a_gang("j2", processes), 9, 0.0
+        )
         assert (shadow.reservation.at if shadow is not None else None) == at
 
 
