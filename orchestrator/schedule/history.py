@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 GRID = (0.0, *(30 * 1.6**step for step in range(24)))
 """Seconds of run time at which one class of jobs begins; the last has no end."""
@@ -63,6 +63,8 @@ class _Table:
         self.due = 1
         self.smooth: tuple[list[float], list[float]]
         self.index: list[float]
+        self.memo: dict[Hashable, Any] = {}
+        """What others have worked out from these answers."""
         self.conclude()
 
     def add(self, ran_s: float) -> bool:
@@ -90,6 +92,7 @@ class _Table:
             total = [own + share * theirs for own, theirs in zip(total, self.parent.smooth[1], strict=True)]
         self.smooth = count, total
         self.index = _index(count, total)
+        self.memo = {}
 
 
 class History:
@@ -130,29 +133,29 @@ class History:
 
     def expected_s(self, job: Job, ran_s: float) -> float:
         """Seconds per completion, if the job that ran for `ran_s` runs on: Gittins' index, turned over."""
-        return self._table(job).index[bisect_right(GRID, ran_s) - 1]
+        return self._table(job).index[class_of(ran_s)]
 
-    def class_at(self, began: float, now: float) -> tuple[float, float]:
-        """Run times at which the class of a job begins and ends that runs since `began`. It changes at the very
-        moment `began` + end, however that rounds."""
-        at = bisect_right(GRID, max(0.0, now - began)) - 1
-        if at + 1 < len(GRID) and began + GRID[at + 1] <= now:
-            at += 1
-        elif at and began + GRID[at] > now:
-            at -= 1
-        return GRID[at], GRID[at + 1] if at + 1 < len(GRID) else math.inf
+    def memo(self, job: Job) -> tuple[dict[Hashable, Any], list[float]]:
+        """Room for what follows from the answers for jobs like this one, which is empty whenever they are others; and
+        `expected_s` at the beginning of each class."""
+        table = self._table(job)
+        return table.memo, table.index
 
-    def next_class_s(self, ran_s: float) -> float:
-        """The run time at which `expected_s` is another one; math.inf after the last."""
-        at = bisect_right(GRID, ran_s)
-        return GRID[at] if at < len(GRID) else math.inf
+    def median_left_s(self, job: Job, at: int) -> float | None:
+        """`left_s` at the beginning of class `at`, as likely more as less."""
+        if self._everybody.jobs < FEW:
+            return None
+        memo = self._table(job).memo
+        if ("median", at) not in memo:
+            memo["median", at] = self.left_s(job, GRID[at], 0.5)
+        return cast("float | None", memo["median", at])
 
     def left_s(self, job: Job, ran_s: float, quantile: float) -> float | None:
         """What a job that ran for `ran_s` has left, with such a probability at most; None where too few were seen."""
         if self._everybody.jobs < FEW:
             return None
         count, total = self._table(job).smooth
-        at = bisect_right(GRID, ran_s) - 1
+        at = class_of(ran_s)
         upper = GRID[at + 1] if at + 1 < len(GRID) else max(2 * ran_s, GRID[-1])
         # Of its own class, those that took longer than it has already.
         here = count[at] * (upper - ran_s) / (upper - GRID[at])
@@ -170,6 +173,20 @@ class History:
 
     def _table(self, job: Job) -> _Table:
         return self._alike.get(kind_of(job)) or self._queues.get(job.queue) or self._everybody
+
+
+def class_of(ran_s: float) -> int:
+    """Which of GRID's classes a run time is in."""
+    return bisect_right(GRID, ran_s) - 1
+
+
+def class_at(began: float, now: float) -> int:
+    """The same of a job that runs since `began`: it changes at the very moment `began` + GRID[...], however that
+    rounds."""
+    at = class_of(max(0.0, now - began))
+    if at + 1 < len(GRID) and began + GRID[at + 1] <= now:
+        return at + 1
+    return at - 1 if at and began + GRID[at] > now else at
 
 
 def kind_of(job: Job) -> Kind:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 from orchestrator.schedule.gang import Gang, Queue, Rules
-from orchestrator.schedule.history import History
+from orchestrator.schedule.history import GRID, History, class_of
 
 Shape = tuple[int, int, str, object]
 """Gangs of one shape fit where the others do: bounds, accelerator, and what each way to run needs."""
@@ -26,10 +27,32 @@ def shape_of(gang: Gang) -> Shape:
 
 def level_of(gang: Gang, ran_s: float, waited_s: float, history: History, rules: Rules) -> int:
     """0 is the best. Work is expected rank-seconds to the end, in powers of `level_factor`; waiting lifts."""
-    expected = max(gang.oracle_s - ran_s, 1.0) if gang.oracle_s is not None else history.expected_s(gang, ran_s)
-    work = expected * gang.min_processes / rules.first_level_s
+    if gang.oracle_s is not None:
+        return max(0, _level(gang, max(gang.oracle_s - ran_s, 1.0), rules) - lifts(waited_s, rules))
+    return max(0, levels_of(gang, history, rules)[class_of(ran_s)] - lifts(waited_s, rules))
+
+
+def levels_of(gang: Gang, history: History, rules: Rules) -> Sequence[int]:
+    """Its level in each class of run times, before waiting lifts it."""
+    memo, expected_s = history.memo(gang)
+    key = gang.min_processes, rules.first_level_s, rules.level_factor, rules.levels
+    if key not in memo:
+        memo[key] = [_level(gang, expected, rules) for expected in expected_s]
+    return cast(Sequence[int], memo[key])
+
+
+def _level(gang: Gang, expected_s: float, rules: Rules) -> int:
+    work = expected_s * gang.min_processes / rules.first_level_s
     level = round(math.log(work, rules.level_factor)) if work > 1 else 0
-    return max(0, min(level, rules.levels - 1) - lifts(waited_s, rules))
+    return min(level, rules.levels - 1)
+
+
+def next_class_s(gang: Gang, ran_s: float, waited_s: float, history: History, rules: Rules) -> float:
+    """The run time at which a gang is in another level; math.inf if it never is."""
+    levels, lift = levels_of(gang, history, rules), lifts(waited_s, rules)
+    at = class_of(ran_s)
+    now = max(0, levels[at] - lift)
+    return next((GRID[later] for later in range(at + 1, len(GRID)) if max(0, levels[later] - lift) != now), math.inf)
 
 
 def next_fall_s(gang: Gang, ran_s: float, waited_s: float, rules: Rules) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from orchestrator.cluster.model import Placement
 from orchestrator.schedule.dues import Dues
 from orchestrator.schedule.gang import Held, Rules
-from orchestrator.schedule.history import History
+from orchestrator.schedule.history import GRID, History, class_at
 
 End = tuple[float, float, str, Placement]
 """When a gang is expected to leave its slots, when it took them, its job, and the slots."""
@@ -114,11 +114,11 @@ class Standing:
             end = min(end, held.since + gang.oracle_s - gang.ran_s)
         else:
             began = held.since - gang.ran_s
-            start, until = history.class_at(began, now)
-            left = history.left_s(gang, start, 0.5)
+            at = class_at(began, now)
+            left = history.median_left_s(gang, at)
             if left is not None:
-                end = min(end, began + start + left)
-            self._expected_until.set(gang.job_id, began + until)
+                end = min(end, began + GRID[at] + left)
+            self._expected_until.set(gang.job_id, began + GRID[at + 1] if at + 1 < len(GRID) else math.inf)
         if known.end is None or known.end[0] != end:
             if known.end is not None:
                 self._forget_end(known.end)

@@ -13,7 +13,7 @@ from orchestrator.job.lifecycle import Reason
 from orchestrator.schedule.dues import Dues
 from orchestrator.schedule.gang import Gang, Held, Queue, Rules
 from orchestrator.schedule.history import History, Kind, kind_of
-from orchestrator.schedule.order import AT_ONCE, Lines, Shape, level_of, next_fall_s, next_lift_s
+from orchestrator.schedule.order import AT_ONCE, Lines, Shape, level_of, next_class_s, next_fall_s, next_lift_s
 from orchestrator.schedule.standing import Standing
 
 MOMENT_S = 1e-3
@@ -220,9 +220,7 @@ class Yard:
         if gang.oracle_s is not None:
             ran = next_fall_s(gang, ran, gang.waited_s, self.rules)
         else:
-            ran = self.history.next_class_s(ran)
-            while math.isfinite(ran) and level_of(gang, ran, gang.waited_s, self.history, self.rules) == level:
-                ran = self.history.next_class_s(ran)
+            ran = next_class_s(gang, ran, gang.waited_s, self.history, self.rules)
         self._look_again(gang, held.since + ran - gang.ran_s)
 
     def _rate_again(self, job_id: str) -> None:

@@ -8,6 +8,7 @@ from bisect import insort
 from orchestrator.cluster.capacity import Capacity, Fit
 from orchestrator.cluster.model import Placement
 from orchestrator.schedule.gang import Decisions, Gang, Held
+from orchestrator.schedule.history import GRID, class_of
 from orchestrator.schedule.place import fit
 from orchestrator.schedule.reserve import ends_by
 from orchestrator.schedule.yard import Yard
@@ -80,7 +81,8 @@ class Easy(Policy):
             ran = gang.ran_s + now - held.since
             left = yard.history.left_s(gang, ran, 0.5)
             end = now + left if left is not None else math.inf
-            until = now + yard.history.next_class_s(ran) - ran if left is not None else now
+            later = GRID[class_of(ran) + 1 :]
+            until = now + (later[0] if later else math.inf) - ran if left is not None else now
             self.ends[gang.job_id] = end, until
         return max(end, now)
 

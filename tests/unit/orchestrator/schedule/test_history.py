@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.schedule.history import FEW, GRID, REMEMBERED, History, Kind, Ran, _index
+from orchestrator.schedule.history import FEW, GRID, REMEMBERED, History, Kind, Ran, _index, class_at, class_of
 from tests.builders import a_gang
 
 JOB = a_gang("j1", 1, queue="q", name="train")
@@ -162,20 +162,29 @@ def test_the_same_records_give_the_same_answers(found: list[Ran]) -> None:
 
 
 def test_classes() -> None:
-    history = History()
-    for start, following in pairwise(GRID):
-        assert history.class_at(0.0, start) == (start, following) == history.class_at(0.0, (start + following) / 2)
-        assert history.next_class_s(start) == following
-    assert math.isinf(history.next_class_s(GRID[-1]))
-    assert history.class_at(0.0, GRID[-1]) == (GRID[-1], math.inf)
+    for at, (start, following) in enumerate(pairwise(GRID)):
+        assert class_of(start) == at == class_of((start + following) / 2)
+        assert class_at(0.0, start) == at == class_at(0.0, (start + following) / 2)
+    assert class_of(GRID[-1]) == class_at(0.0, 1e12) == len(GRID) - 1
 
 
-@given(began=st.floats(-1e9, 2e9), step=st.sampled_from(GRID[1:]))
-def test_a_class_begins_at_the_very_moment_that_was_told(began: float, step: float) -> None:
-    history, before = History(), GRID[GRID.index(step) - 1]
-    at = began + step
-    assert history.class_at(began, at)[0] == step
-    assert history.class_at(began, math.nextafter(at, -math.inf))[0] == before
+@given(began=st.floats(-1e9, 2e9), at=st.integers(1, len(GRID) - 1))
+def test_a_class_begins_at_the_very_moment_that_was_told(began: float, at: int) -> None:
+    moment = began + GRID[at]
+    assert class_at(began, moment) == at
+    assert class_at(began, math.nextafter(moment, -math.inf)) == at - 1
+
+
+def test_what_was_worked_out_from_answers_goes_with_them() -> None:
+    history = seen(*[100.0] * 30)
+    memo, _ = history.memo(JOB)
+    memo["x"] = 1
+    assert history.memo(JOB)[0] == {"x": 1}
+    before = history.median_left_s(JOB, 0)
+    for _ in range(100):
+        history.add(Ran("q", "train", 1, 1e5))
+    assert "x" not in history.memo(JOB)[0]
+    assert history.median_left_s(JOB, 0) == history.left_s(JOB, 0.0, 0.5) != before
 
 
 def test_what_changed_is_told_by_kind() -> None:
