@@ -27,6 +27,8 @@ ENV_RESERVED = "TUNEYARD_STANDBY"
 RESERVED = 160
 
 
+PULSE = "pulse"
+
 # A plan's wish for a GPU's allocator. Who starts the launcher puts it into torch's own words (`told_to_torch`).
 ENV_ALLOCATOR = "TUNEYARD_ALLOCATOR"
 TORCH_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -83,6 +85,18 @@ class AttemptFiles:
 
     def progress(self, rank: int) -> Path:
         return self.rank(rank) / "progress.jsonl"
+
+    def pulse(self, rank: int) -> Path:
+        """Where it is at the moment: launch.pulse."""
+        return self.rank(rank) / PULSE
+
+    def stall(self, rank: int) -> Path:
+        """Written by the node's agent while the rank does not move: execute.stall."""
+        return self.rank(rank) / "stall.json"
+
+    def stacks(self, rank: int) -> Path:
+        """What its threads were doing when it, or another one, did not move."""
+        return self.rank(rank) / "stacks.txt"
 
     def samples(self, rank: int) -> Path:
         """With train.log_samples: which rows it trained on."""

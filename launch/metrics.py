@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -28,9 +29,15 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    engine: Engine, objective: Objective, rows: Rows, task: Task, batch_size: int, pad_token_id: int
+    engine: Engine,
+    objective: Objective,
+    rows: Rows,
+    task: Task,
+    batch_size: int,
+    pad_token_id: int,
+    moves: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Measure `rows`, those of like length together.
+    """Measure `rows`, those of like length together. `moves` is called before every batch.
 
     Each rank writes what it found into vectors as long as the data, zero elsewhere, and their sum over ranks is the
     whole: nothing is padded, repeated or out of order. Dummy batches only keep ZeRO-3's gathers in step.
@@ -42,6 +49,7 @@ def evaluate(
     engine.module.eval()
     with torch.no_grad():
         for part in rank_micro_batches(everything, accelerator.process_index, accelerator.num_processes, batch_size):
+            moves()
             batch = collate(rows, part.rows, pad_token_id, causal=causal).to(accelerator.device)
             losses, predicted = objective.by_row(engine, batch)
             if not part.dummy:

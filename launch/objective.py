@@ -7,9 +7,10 @@ from typing import NamedTuple, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from launch.config import LossMode, TrainSpec
+from launch.config import LossMode, OptimSpec, TrainSpec
 from launch.data import Batch
 from launch.engine import Engine
+from launch.errors import SpecError
 from launch.head import OutputLayer
 from launch.losses import class_losses
 
@@ -86,3 +87,14 @@ class LanguageModelling:
         with torch.no_grad():
             self._losses(engine, batch)
         return "chunked" if self._layer.fused else "whole"
+
+
+def check_loss_mode(optim: OptimSpec, found: LossMode) -> None:
+    """Raises SpecError where chunks were asked for by name and the model has none."""
+    if optim.loss_mode == "chunked" and found != "chunked":
+        raise SpecError(
+            "this model's logits cannot be made in chunks: something happens to them after its output layer",
+            code="loss-mode-not-available",
+            field="train.loss_mode",
+            hint="leave loss_mode out, or take `whole`",
+        )

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from launch.attempt import PULSE
 from launch.contract import CheckpointNote, ProgressLine
+from launch.pulse import Pulse
 
 CURVE_LINES = 5000
 """Every checkpoint holds the curve, and nobody sees more points in a picture."""
@@ -19,6 +21,8 @@ class Progress:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
+        self.pulse = Pulse(path.with_name(PULSE))
+        """Where the rank is between the lines."""
         self.curve: list[ProgressLine] = []
         """Lines of phases `train` and `evaluate`, for the training curve; of a long training some of the former."""
         self.follow: Callable[[ProgressLine], None] = lambda _line: None
@@ -37,6 +41,7 @@ class Progress:
         self.follow(line)
 
     def phase(self, phase: str, step: int = 0, steps: int | None = None, samples: int = 0) -> None:
+        self.pulse.enter("first-step" if phase == "ready" else phase, step)
         self.write(ProgressLine(time=time.time(), phase=phase, step=step, steps=steps, samples=samples))
 
     def start_training(self, step: int, samples: int) -> None:

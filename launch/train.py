@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from launch.best import Best
-from launch.config import LossMode, OptimSpec, TrainSpec
+from launch.config import LossMode, TrainSpec
 from launch.contract import Allocator, AttemptFiles, ExitCode, RankResult, RunContract, TrainSummary
 from launch.data import Batch, Corpus, Rows, load_corpus, sampler_for
 from launch.determinism import fix_numerics, seed_all
@@ -23,7 +24,7 @@ from launch.host import resident_bytes, take_share
 from launch.losses import loss_terms, weights_of_classes
 from launch.metrics import EarlyStop, Evaluation, evaluate
 from launch.model import build_model, load_tokenizer
-from launch.objective import Objective, objective_of
+from launch.objective import Objective, check_loss_mode, objective_of
 from launch.progress import Progress, SampleLog
 from launch.report import ClassReport, class_report
 from launch.sampler import micro_steps
@@ -117,17 +118,6 @@ class Found(NamedTuple):
     loss: LossMode
     allocator: Allocator
     baseline_bytes: int
-
-
-def check_loss_mode(optim: OptimSpec, found: LossMode) -> None:
-    """Raises SpecError where chunks were asked for by name and the model has none."""
-    if optim.loss_mode == "chunked" and found != "chunked":
-        raise SpecError(
-            "this model's logits cannot be made in chunks: something happens to them after its output layer",
-            code="loss-mode-not-available",
-            field="train.loss_mode",
-            hint="leave loss_mode out, or take `whole`",
-        )
 
 
 class Loop:
@@ -270,6 +260,7 @@ class Loop:
             skipped=self.skipped,
             best=self.best.state if self.best is not None else None,
         )
+        self.progress.pulse.enter("save", self.step)
         metrics = self.measured[1] if self.measured is not None and self.measured[0] == self.step else None
         self.saving.save(self.step, self.consumed, state, metrics, self.best, wait=wait)
 
@@ -279,6 +270,7 @@ class Loop:
         They agree by the one small all-reduce that also carries the loss.
         """
         self.saving.tell()
+        self.enter("data", self.step + 1)
         batch = self.feed.chosen(self.consumed)
         rate = rate_at(self.optim, self.step, self.steps)
         terms = loss_terms(self.corpus.train, batch, self.task, self.class_weights)
@@ -286,7 +278,9 @@ class Loop:
         self.step += 1
         self.consumed += len(batch)
         wishes = Wishes(self.stop.wished(), self.saving.is_due_by_time(), self.saving.has_failed())
+        self.enter("exchange", self.step)
         told = self.tally.tell(Step(self.step, self.consumed, rate, terms), loss_sum, wishes)
+        self.enter("update", self.step)
         if self.tally.late:
             self.engine.step(rate)
             return self.take(told) if told is not None else Wishes()
@@ -339,18 +333,28 @@ class Loop:
             self.seen.write(self.step + 1, [int(row) for micro in micros for row in micro.rows])
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, micro in enumerate(micros):
-            with self.engine.micro_step(last=i == len(micros) - 1):
+            last = i == len(micros) - 1
+            with self.engine.micro_step(last=last):
+                self.enter("forward", self.step + 1)
                 loss = self.summed_loss(micro.batch) * micro.weight
+                self.enter("backward", self.step + 1)
+                if last:
+                    self.progress.pulse.waits()
                 self.engine.backward(loss / terms)
             total += loss.detach()
         return total
+
+    def enter(self, part: str, step: int) -> None:
+        """Tell who looks from outside which part of a step begins."""
+        self.progress.pulse.enter("step" if self.first_step_at else "first-step", step, part)
 
     def summed_loss(self, batch: Batch) -> torch.Tensor:
         return self.objective.summed(self.engine, batch)
 
     def evaluated(self, rows: Rows) -> Evaluation:
         size = self.optim.eval_batch_size or 2 * self.plan.micro_batch_size
-        evaluation = evaluate(self.engine, self.objective, rows, self.task, size, self.pad_token_id)
+        moves = partial(self.progress.pulse.enter, "evaluate", self.step)
+        evaluation = evaluate(self.engine, self.objective, rows, self.task, size, self.pad_token_id, moves)
         self.progress.evaluation(self.step, self.steps, self.consumed, evaluation.metrics)
         return evaluation
 

@@ -14,8 +14,7 @@ from launch.config import LossMode, OptimSpec
 from launch.engine import Engine
 from launch.errors import SpecError
 from launch.footprint import TracedEngine
-from launch.objective import objective_of
-from launch.train import check_loss_mode
+from launch.objective import check_loss_mode, objective_of
 from tests.worlds import a_spec, write_bert, write_gpt2, write_llama
 
 CPU = torch.device("cpu")
