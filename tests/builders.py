@@ -12,6 +12,11 @@ from launch.document import parse_document
 from launch.provenance import BaseWeights, NodeUse, RunRecord, Surroundings
 from orchestrator.cluster.capacity import RACK_LABEL, SPINE_LABEL, Capacity
 from orchestrator.cluster.model import UNKNOWN_NEED, Gpu, Need, Node, Option
+from orchestrator.control.actions import Action
+from orchestrator.control.board import Board
+from orchestrator.control.dispatch import dispatch
+from orchestrator.control.facts import Facts, Policy, State
+from orchestrator.control.reconcile import reconcile
 from orchestrator.job.spec import AnyJob, load_job
 from orchestrator.schedule.gang import Gang, Held
 from orchestrator.schedule.place import room_for
@@ -95,6 +100,11 @@ def hold(yard: Yard, gang: Gang, *nodes: str, processes: int | None = None, **ch
     held = Held(gang, placement, **({"since": 0.0} | changes))
     yard.hold(held)
     return held
+
+
+def looked(state: State, facts: Facts, now: float, policy: Policy) -> list[Action]:
+    """What a controller does about attempts, and then about the queue, of which it knows nothing newer."""
+    return [*reconcile(state, facts, now, policy), *dispatch(state, facts, now, policy, Board(policy.rules))]
 
 
 def an_exit(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 from launch.contract import Device, StopRequest
@@ -33,18 +33,16 @@ _TRACING = Reason(
 def dispatch(
     state: State,
     facts: Facts,
-    holding: Sequence[AttemptRow],
-    told: Collection[str],
     now: float,
     policy: Policy,
     board: Board,
 ) -> Iterator[Action]:
     """Start what fits, stop what is to make room, and say of all else why it waits.
 
-    `told` are jobs whose attempt is sent a stop in this very tick.
+    `state` has what was done about attempts in this very tick: those that have ended are not in it.
     """
     jobs = {job.id: job for job in state.jobs}
-    busy = {attempt.job_id: attempt for attempt in holding}
+    busy = {attempt.job_id: attempt for attempt in state.attempts}
     waiting: list[JobRow] = []
     for job in state.jobs:
         if job.id in busy or job.state not in (JobState.QUEUED, JobState.PAUSED):
@@ -54,10 +52,9 @@ def dispatch(
             yield action
         elif not _held_up(job, jobs, facts, now):
             waiting.append(job)
-    decisions = decide(_yard(state, facts, waiting, holding, board), now)
+    decisions = decide(_yard(state, facts, waiting, board), now)
     for stop in decisions.stops:
-        if stop.job_id not in told:
-            yield _stop(busy[stop.job_id], stop, now, policy)
+        yield _stop(busy[stop.job_id], stop, now, policy)
     starting = {start.job_id for start in decisions.starts}
     for start in decisions.starts:
         yield _start(jobs[start.job_id], start, state, facts)
@@ -83,14 +80,14 @@ def yard_of(state: State, facts: Facts, now: float, board: Board) -> Yard:
         and _unfit_to_wait(job, jobs, state, facts, now) is None
         and _held_up(job, jobs, facts, now) is None
     ]
-    return _yard(state, facts, waiting, state.attempts, board)
+    return _yard(state, facts, waiting, board)
 
 
-def _yard(state: State, facts: Facts, waiting: Sequence[JobRow], holding: Sequence[AttemptRow], board: Board) -> Yard:
+def _yard(state: State, facts: Facts, waiting: Sequence[JobRow], board: Board) -> Yard:
     jobs = {job.id: job for job in state.jobs}
     return board.sync(
         waiting,
-        [(jobs[attempt.job_id], attempt) for attempt in holding],
+        [(jobs[attempt.job_id], attempt) for attempt in state.attempts],
         facts.nodes,
         marks=state.marks,
         queues=state.queues,

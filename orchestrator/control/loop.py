@@ -1,4 +1,4 @@
-"""The controller: observe → reconcile → apply, while it holds the lease."""
+"""The controller: observe → reconcile → apply → dispatch → apply, while it holds the lease."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -30,6 +31,7 @@ from orchestrator.control.actions import (
     StartAttempt,
 )
 from orchestrator.control.board import Board
+from orchestrator.control.dispatch import dispatch
 from orchestrator.control.facts import Facts, Policy, State
 from orchestrator.control.reconcile import reconcile
 from orchestrator.control.rules import rules_of
@@ -53,6 +55,9 @@ from orchestrator.store.store import Store
 from orchestrator.store.transaction import Transaction
 
 log = structlog.get_logger()
+
+SIGNS = (NoteProgress, SendStopAgain, StartAgain, Explain)
+"""Actions after which the scheduler knows nothing new."""
 
 
 class Controller:
@@ -129,18 +134,14 @@ class Controller:
         except ExecutorError as problem:
             log.error("the cluster cannot be asked", error=problem.message)
             return []
-        actions = reconcile(state, facts, self.clock(), self._policy, self._board)
-        contracts = {(attempt.job_id, attempt.number): attempt.run for attempt in state.attempts}
-        self._created = {(attempt.job_id, attempt.number): attempt.created_at for attempt in state.attempts}
-        for action in actions:
-            if not isinstance(action, Explain):
-                self._apply(action, self.lease, self._jobs, contracts)
-        explained = [action for action in actions if isinstance(action, Explain)]
-        if explained:
-            with self.store.acting(self.lease) as write:
-                for action in explained:
-                    write.explain(action.job_id, action.reason)
-        return actions
+        actions = self._carry_out(reconcile(state, facts, self.clock(), self._policy), state, self.lease)
+        if not all(isinstance(action, SIGNS) for action in actions):
+            # Who goes back to the queue stands in it before its slots are given away.
+            self._jobs = self.store.live_jobs(self._jobs)
+            state = self._state(self._jobs)
+        facts = replace(facts, tracing=self._trace(state, facts.nodes))
+        decided = dispatch(state, facts, self.clock(), self._policy, self._board)
+        return actions + self._carry_out(list(decided), state, self.lease)
 
     def look(self) -> tuple[State, Facts]:
         """What is stored of the living and which nodes there are, for who only wants to know; from any thread.
@@ -169,11 +170,7 @@ class Controller:
         nodes = self.executor.nodes()
         contracts = [attempt.run for attempt in state.attempts]
         offsets = {attempt.run.run_id: attempt.progress_offset for attempt in state.attempts}
-        return Facts(
-            nodes=nodes,
-            statuses=self.executor.poll(contracts, offsets) if contracts else {},
-            tracing=self._trace(state, nodes),
-        )
+        return Facts(nodes=nodes, statuses=self.executor.poll(contracts, offsets) if contracts else {})
 
     def _trace(self, state: State, nodes: Sequence[Node]) -> frozenset[str]:
         """Jobs that wait for their memory to be traced: those that need most of a place, as far as formulas tell, and
@@ -201,6 +198,23 @@ class Controller:
                 self.tracer.forget(job.id)
         return frozenset(waits)
 
+    def _carry_out(self, actions: list[Action], state: State, lease: Lease) -> list[Action]:
+        contracts = {(attempt.job_id, attempt.number): attempt.run for attempt in state.attempts}
+        self._created = {(attempt.job_id, attempt.number): attempt.created_at for attempt in state.attempts}
+        told = [action for action in actions if isinstance(action, Explain | NoteProgress)]
+        for action in actions:
+            if not isinstance(action, Explain | NoteProgress):
+                self._apply(action, lease, self._jobs, contracts)
+        if told:  # there may be thousands
+            now = self.clock()
+            with self.store.acting(lease) as write:
+                for action in told:
+                    if isinstance(action, Explain):
+                        write.explain(action.job_id, action.reason)
+                    else:
+                        write.set_progress(action.job_id, action.number, action.progress, action.offset, now)
+        return actions
+
     def _apply(
         self, action: Action, lease: Lease, jobs: dict[str, JobRow], contracts: dict[tuple[str, int], RunContract]
     ) -> None:
@@ -219,9 +233,6 @@ class Controller:
                 with self.store.acting(lease) as write:
                     write.set_attempt(job_id, number, AttemptState.LOST, now)
                     write.explain(job_id, reason)
-            case NoteProgress(job_id, number, progress, offset):
-                with self.store.acting(lease) as write:
-                    write.set_progress(job_id, number, progress, offset, now)
             case NoteCheckpoints(job_id, number, lines, offset):
                 directory = contracts[job_id, number].checkpoint_dir
                 with self.store.acting(lease) as write:

@@ -1,4 +1,4 @@
-"""From what is stored and what is seen to what should be done. Pure: the clock is an argument."""
+"""From what is stored and what is seen of attempts to what should be done. Pure: the clock is an argument."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from orchestrator.control.actions import (
     SendStopAgain,
     StartAgain,
 )
-from orchestrator.control.board import Board
-from orchestrator.control.dispatch import dispatch, over_time
+from orchestrator.control.dispatch import over_time
 from orchestrator.control.facts import Facts, Policy, State
 from orchestrator.control.fitting import after_out_of_memory, device_kind, peak_of
 from orchestrator.control.result import job_error, job_result, metrics_sentence
@@ -36,22 +35,15 @@ SILENCE_S = 3.0  # a node that has not answered for so long is lost
 ECHO_S = 5.0  # time the other nodes have to end once one has failed
 
 
-def reconcile(state: State, facts: Facts, now: float, policy: Policy, board: Board | None = None) -> list[Action]:
-    """The actions that bring the stored state and the world together, in the order to carry them out.
-
-    `board` is what the scheduler remembers between ticks, which makes it fast; without one it is made anew.
-    """
+def reconcile(state: State, facts: Facts, now: float, policy: Policy) -> list[Action]:
+    """What living attempts need, so that the stored state and the world come together: in the order to carry it out,
+    which is that of submission. What starts next is decided when this is stored: see dispatch."""
     jobs = {job.id: job for job in state.jobs}
     actions: list[Action] = []
-    holding = []
-    for attempt in state.attempts:
+    for attempt in sorted(state.attempts, key=lambda attempt: jobs[attempt.job_id].sequence):
         status = facts.statuses.get(attempt.run.run_id)
-        decided = list(_attempt(jobs[attempt.job_id], attempt, status, facts, now, policy)) if status else []
-        actions += decided
-        if not any(isinstance(action, EndAttempt) for action in decided):
-            holding.append(attempt)
-    told = {action.job_id for action in actions if isinstance(action, SendStop)}
-    actions += dispatch(state, facts, holding, told, now, policy, board or Board(policy.rules))
+        if status:
+            actions += _attempt(jobs[attempt.job_id], attempt, status, facts, now, policy)
     return actions
 
 

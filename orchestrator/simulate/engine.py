@@ -22,7 +22,7 @@ from orchestrator.simulate.policy import Forecast, Policy
 from orchestrator.simulate.workload import Workload, check_fits
 
 MOST_ROUNDS = 100
-"""At one instant a policy is asked again after every stop; so often, and twice for every gang that runs."""
+"""At one instant a policy is asked again after every stop, or start; so often, and twice for every gang that runs."""
 MOST_IDLE = 1000
 """A policy that starts nothing on an idle cluster is asked again so often, if it wants."""
 MOST_FAILURES = 1000
@@ -181,7 +181,7 @@ class _Engine:
             job.most if elastic else job.num_gpus,
             self.accelerator,
             queue=job.tenant if self.conditions.tenants_as_queues else "default",
-            name=job.tenant,
+            name=job.name or job.tenant,
             queued_at=job.submit_s,
             oracle_s=job.duration_s if self.conditions.oracle or self.policy.oracle else None,
         )
@@ -195,7 +195,7 @@ class _Engine:
         life.end(now)
         self.unfinished -= 1
         gang = held.gang
-        self.yard.history.add(Ran(gang.queue, gang.name, gang.min_processes, gang.ran_s + now - held.since))
+        self.yard.history.add(Ran(gang.queue, gang.name, gang.min_processes, gang.ran_s + (now - held.since)))
 
     def _release(self, life: Life, now: float, *, done: bool = False) -> Held:
         held = self.yard.release(life.job.job_id)
@@ -242,7 +242,7 @@ class _Engine:
 
     def _requeue(self, life: Life, held: Held, now: float, stop: Stop | None = None) -> None:
         gang = held.gang
-        ran_s = gang.ran_s + now - held.since
+        ran_s = gang.ran_s + (now - held.since)
         preempted = stop is not None and stop.target is None and stop.why is not Why.DRAINED
         self._wait(
             replace(
@@ -258,7 +258,7 @@ class _Engine:
     # What is decided.
 
     def _settle(self, now: float) -> float:
-        """Ask the policy until it stops nothing more. Returns when it wants to be asked again."""
+        """Ask the policy until it does nothing more. Returns when it wants to be asked again."""
         for _ in range(MOST_ROUNDS + 2 * len(self.yard.running)):
             self.outcome.decisions += 1
             decided = self.policy.decide(self.yard, now)
@@ -266,7 +266,7 @@ class _Engine:
                 self._stop(stop, now)
             for start in decided.starts:
                 self._start(start, now)
-            if not decided.stops:
+            if not decided.stops and not (decided.starts and self.policy.looks_again):
                 return self._wake(decided, now)
         raise UnsettledError(
             f"the policy {self.policy.name} still stops jobs after {MOST_ROUNDS} decisions at {now:g} s: "
@@ -310,7 +310,7 @@ class _Engine:
         lasts_s = self.conditions.startup_s + life.left_s / speed
         gang = replace(
             waiting,
-            waited_s=waiting.waited_s + now - waiting.queued_at,
+            waited_s=waiting.waited_s + (now - waiting.queued_at),
             target=None,
             oracle_s=None if waiting.oracle_s is None else waiting.ran_s + lasts_s,
         )

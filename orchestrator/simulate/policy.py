@@ -21,6 +21,9 @@ class Policy:
     """Whether it must know how long jobs run."""
     elastic = False
     """Whether it resizes gangs; for others all have num_gpus ranks."""
+    looks_again = False
+    """Whether it is asked again at once after starts: there may be more to do when they hold their slots. After stops,
+    all policies are."""
 
     def decide(self, yard: Yard, now: float, /) -> Decisions:
         raise NotImplementedError
@@ -40,6 +43,7 @@ class Production(Policy):
 
     name = "yard"
     elastic = True
+    looks_again = True
 
     def decide(self, yard: Yard, now: float, /) -> Decisions:
         return decide(yard, now)

@@ -32,6 +32,8 @@ class SimulatedJob:
     min_gpus: int = 0
     """Bounds of an elastic job; 0 for num_gpus."""
     max_gpus: int = 0
+    name: str = ""
+    """What runs of the same job have in common; empty for what the tenant's have."""
     line: int | None = field(default=None, compare=False)
     """Where it was read."""
 
@@ -111,8 +113,9 @@ COLUMNS: Mapping[str, _Column] = {
     "priority": _Column(lambda text: _whole(text, -1000), "a whole number", required=False),
     "min_gpus": _Column(lambda text: _whole(text, 1), "a whole number, 1 or more", required=False),
     "max_gpus": _Column(lambda text: _whole(text, 1), "a whole number, 1 or more", required=False),
+    "name": _Column(_name, "a name", required=False),
 }
-"""The columns of a trace. The last three are optional: class of priority, and bounds of an elastic job."""
+"""The columns of a trace. The last four are optional: class of priority, bounds of an elastic job, name."""
 
 
 def read_csv(path: Path) -> Workload:

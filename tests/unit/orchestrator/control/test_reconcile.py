@@ -35,7 +35,6 @@ from orchestrator.control.actions import (
     StartAttempt,
 )
 from orchestrator.control.facts import Facts, Policy, State
-from orchestrator.control.reconcile import reconcile
 from orchestrator.job.checkpoint import LastCheckpoint
 from orchestrator.job.lifecycle import (
     AttemptState,
@@ -52,7 +51,7 @@ from orchestrator.memory.plan import plan
 from orchestrator.recover.classify import Outcome
 from orchestrator.schedule.place import place
 from orchestrator.store.rows import AttemptRow, JobRow
-from tests.builders import a_command_job, a_node, a_training_job, an_exit
+from tests.builders import a_command_job, a_node, a_training_job, an_exit, looked
 
 NODE = a_node("n0", slots=4)
 OTHER = a_node("n1", slots=4)
@@ -99,7 +98,7 @@ def actions_for(
 ) -> list[Any]:
     statuses = {attempt.run.run_id: AttemptStatus(reports=reports)} if attempt else {}
     state = State(jobs=[job], attempts=[attempt] if attempt else [])
-    return reconcile(state, Facts(nodes=nodes, statuses=statuses), now, POLICY)
+    return looked(state, Facts(nodes=nodes, statuses=statuses), now, POLICY)
 
 
 def running(**changes: Any) -> JobRow:
@@ -125,15 +124,7 @@ def test_slots_of_a_live_attempt_are_not_given_away() -> None:
     attempt = an_attempt()
     state = State(jobs=jobs, attempts=[attempt])
     facts = Facts(nodes=[NODE], statuses={"job-1.1": AttemptStatus(reports=(a_report(),))})
-    assert [type(action) for action in reconcile(state, facts, NOW, POLICY)] == [Explain]
-
-
-def test_slots_of_an_attempt_that_ends_are_given_away_in_the_same_tick() -> None:
-    jobs = [running(), a_row("job-2", sequence=2, job=a_command_job(4))]
-    state = State(jobs=jobs, attempts=[an_attempt()])
-    ended = a_report(ended=True, exits=(an_exit(0), an_exit(1)))
-    facts = Facts(nodes=[NODE], statuses={"job-1.1": AttemptStatus(reports=(ended,))})
-    assert [type(action) for action in reconcile(state, facts, NOW, POLICY)] == [EndAttempt, StartAttempt]
+    assert [type(action) for action in looked(state, facts, NOW, POLICY)] == [Explain]
 
 
 def test_a_cancelled_job_that_waits_is_finished_at_once() -> None:
@@ -231,7 +222,7 @@ def test_a_job_that_backs_off_is_parked_too() -> None:
 
 def test_a_parked_job_does_not_hold_up_the_queue() -> None:
     jobs = [a_row(state=JobState.PAUSED, pause_requested=True), a_row("job-2", sequence=2)]
-    (start,) = reconcile(State(jobs, []), Facts([NODE]), NOW, POLICY)
+    (start,) = looked(State(jobs, []), Facts([NODE]), NOW, POLICY)
     assert isinstance(start, StartAttempt)
     assert start.job_id == "job-2"
 
@@ -497,12 +488,12 @@ def test_a_like_job_starts_on_the_rung_that_it_needs() -> None:
     peak = end_of_training(running(job=TRAINS)).peak
     assert peak is not None
     state = State([a_row(job=TRAINS)], [], peaks=[peak])
-    (start,) = reconcile(state, Facts([NODE]), NOW, POLICY)
+    (start,) = looked(state, Facts([NODE]), NOW, POLICY)
     assert isinstance(start, StartAttempt)
     assert start.plan.allocator == "tight"
     assert start.relief is not None
     assert start.notes[0].data["sentence"].endswith("because job job-1 ran out of memory")
-    (again,) = reconcile(State([a_row(job=TRAINS, attempts=1)], [], peaks=[peak]), Facts([NODE]), NOW, POLICY)
+    (again,) = looked(State([a_row(job=TRAINS, attempts=1)], [], peaks=[peak]), Facts([NODE]), NOW, POLICY)
     assert isinstance(again, StartAttempt)
     assert again.relief is None, "it has its own story by then"
 
@@ -586,7 +577,7 @@ def test_a_pinned_job_is_not_planned_anew() -> None:
         engine="zero2", world_size=2, device="cpu", micro_batch_size=3, gradient_accumulation_steps=3
     )
     origin = Origin(pinned=Pinned(plan=chosen, threads=(3, 2), data={"train": "f"}))
-    (start,) = reconcile(State([a_row(origin=origin)], []), Facts([NODE]), NOW, POLICY)
+    (start,) = looked(State([a_row(origin=origin)], []), Facts([NODE]), NOW, POLICY)
     assert isinstance(start, StartAttempt)
     assert start.plan == chosen
     assert [(share.processes, share.threads) for share in start.placement.shares] == [(2, 3)]

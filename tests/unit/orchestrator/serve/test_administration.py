@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ from orchestrator.control.loop import Controller
 from orchestrator.serve import api
 from orchestrator.store.rows import Mark
 from tests.builders import a_command_job, a_node
-from tests.served import TOKEN, a_controller
 
 DEFAULTS = {
     "weight": 1.0, "guaranteed": None, "ceiling": None, "lendable": True, "configured": False,
@@ -26,20 +23,6 @@ DEFAULTS = {
 def nodes() -> list[Node]:
     """What the executor tells; tests change it."""
     return [a_node("node-0"), a_node("node-1")]
-
-
-@pytest.fixture
-def controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: list[Node]) -> Iterator[Controller]:
-    with a_controller(tmp_path) as controller:
-        monkeypatch.setattr(controller.executor, "nodes", lambda: list(nodes))
-        yield controller
-
-
-@pytest.fixture
-def http(controller: Controller) -> Iterator[TestClient]:
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    with TestClient(api.create_app(controller, TOKEN), headers=headers, raise_server_exceptions=False) as client:
-        yield client
 
 
 def typed(answer: Any, status: int, code: str, field: str | None = None) -> dict[str, Any]:

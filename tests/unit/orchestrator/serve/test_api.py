@@ -35,18 +35,6 @@ TRAINING = {
 SAY = "import os, sys; print('héllo from', os.environ['RANK'], flush=True); print('x' * 5000)"
 
 
-@pytest.fixture
-def controller(tmp_path: Path) -> Iterator[Controller]:
-    with a_controller(tmp_path) as controller:
-        yield controller
-
-
-@pytest.fixture
-def http(controller: Controller) -> Iterator[TestClient]:
-    with TestClient(api.create_app(controller, TOKEN), headers=AUTH, raise_server_exceptions=False) as client:
-        yield client
-
-
 def submit(http: TestClient, **keys: Any) -> Any:
     return http.post("/v1/jobs", json={"job": JOB | keys})
 

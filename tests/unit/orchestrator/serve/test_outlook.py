@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from fastapi.testclient import TestClient
 
+from orchestrator.cluster.model import Node
 from orchestrator.control.loop import Controller
-from orchestrator.serve import api
 from orchestrator.store.rows import HistoryRow
 from tests.builders import a_command_job, a_node
-from tests.served import TOKEN, a_controller
 
 
 @pytest.fixture
-def controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Controller]:
-    with a_controller(tmp_path) as controller:
-        monkeypatch.setattr(controller.executor, "nodes", lambda: [a_node("node-0", slots=2)])
-        yield controller
-
-
-@pytest.fixture
-def http(controller: Controller) -> Iterator[TestClient]:
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    with TestClient(api.create_app(controller, TOKEN), headers=headers, raise_server_exceptions=False) as client:
-        yield client
+def nodes() -> list[Node]:
+    return [a_node("node-0", slots=2)]
 
 
 def test_an_empty_queue(http: TestClient) -> None:

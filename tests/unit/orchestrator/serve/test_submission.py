@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +16,6 @@ from orchestrator.job.spec import TrainingJob, check_submission
 from orchestrator.memory.sizing import Sizing, sizing_of
 from orchestrator.serve import api
 from tests.builders import a_node
-from tests.served import TOKEN, a_controller
 
 JOB: dict[str, Any] = {
     "name": "train",
@@ -34,20 +31,6 @@ PATHS = ["/v1/jobs", "/v1/jobs:dry-run"]
 def nodes() -> list[Node]:
     """What the executor tells; tests change it."""
     return [a_node(memory_gib=100)]
-
-
-@pytest.fixture
-def controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: list[Node]) -> Iterator[Controller]:
-    with a_controller(tmp_path) as controller:
-        monkeypatch.setattr(controller.executor, "nodes", lambda: list(nodes))
-        yield controller
-
-
-@pytest.fixture
-def http(controller: Controller) -> Iterator[TestClient]:
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    with TestClient(api.create_app(controller, TOKEN), headers=headers, raise_server_exceptions=False) as client:
-        yield client
 
 
 def sizing() -> dict[str, Any]:

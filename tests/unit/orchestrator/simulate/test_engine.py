@@ -126,10 +126,22 @@ def test_history_has_the_whole_run_time_of_what_ended(monkeypatch: pytest.Monkey
     seen: list[Ran] = []
     add = History.add
     monkeypatch.setattr(History, "add", lambda self, ran: (seen.append(ran), add(self, ran))[1])
-    workload = a_workload(a_job("a", 0, 100, 2, tenant="t"))
+    workload = a_workload(a_job("a", 0, 100, 2, tenant="t"), replace(a_job("b", 10, 5, tenant="t"), name="n"))
     conditions = Conditions(preemption_cost_s=7, startup_s=3)
     simulate(alike_nodes(1, 2), workload, Scripted(at_40=stop("a")), conditions)
-    assert [(one.queue, one.name, one.processes, one.ran_s) for one in seen] == [("default", "t", 2, 113)]
+    told = [(one.queue, one.name, one.processes, one.ran_s) for one in seen]
+    assert told == [("default", "t", 2, 113), ("default", "n", 1, 8)]
+
+
+@pytest.mark.parametrize(("looks_again", "asked"), [(False, [0, 10, 100]), (True, [0, 0, 10, 100, 100])])
+def test_a_policy_may_want_to_be_asked_again_after_starts(looks_again: bool, asked: list[float]) -> None:
+    policy = Scripted()
+    policy.looks_again = looks_again
+    times: list[float] = []
+    decide = policy.decide
+    policy.decide = lambda yard, now: (times.append(now), decide(yard, now))[1]  # type: ignore[method-assign]
+    simulate(alike_nodes(1, 2), a_workload(a_job("a", 0, 100, 2), a_job("b", 10, 30, 2)), policy, FREE)
+    assert times[: len(asked)] == asked
 
 
 def test_start_up_holds_slots_and_does_no_work() -> None:

@@ -24,11 +24,11 @@ def write(folder: Path, *lines: str, name: str = "trace.csv") -> Path:
 
 def test_a_trace_is_read_with_its_optional_columns(tmp_path: Path) -> None:
     path = write(
-        tmp_path, f"\ufeff{HEADER},priority,min_gpus,max_gpus", "a,0,10.5,2,x,,,", "", "b,3,7,4,y,-5,2,8",
+        tmp_path, f"\ufeff{HEADER},priority,min_gpus,max_gpus,name", "a,0,10.5,2,x,,,,", "", "b,3,7,4,y,-5,2,8,bert",
     )  # fmt: skip
     assert read_csv(path).jobs == (
         SimulatedJob("a", 0, 10.5, 2, "x"),
-        SimulatedJob("b", 3, 7, 4, "y", priority=-5, min_gpus=2, max_gpus=8),
+        SimulatedJob("b", 3, 7, 4, "y", priority=-5, min_gpus=2, max_gpus=8, name="bert"),
     )
 
 

@@ -1,0 +1,78 @@
+"""What one tick does: who starts is decided when it is stored what has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from launch.attempt import ExitCode
+from orchestrator.control.actions import EndAttempt, SendStop, StartAttempt
+from orchestrator.control.loop import Controller
+from orchestrator.settings import Settings
+from orchestrator.store.store import Store
+from tests.builders import a_command_job, a_node, a_training_job, an_exit
+from tests.virtual import World
+
+
+class Scene:
+    """A controller of a node with four slots."""
+
+    def __init__(self) -> None:
+        self.world = World([a_node(slots=4)])
+        self.store = Store("sqlite:///:memory:")
+        self.store.prepare()
+        self.controller = Controller(self.store, self.world, Settings(), clock=lambda: self.world.now)
+
+    def submit(self, job_id: str, job: Any) -> None:
+        self.store.add_job(job_id, job, self.world.now)
+
+    def tick(self, seconds: float = 0.0) -> list[Any]:
+        self.world.now += seconds
+        return self.controller.tick()
+
+    def end(self, run_id: str, code: ExitCode) -> None:
+        gang = self.world.gangs[run_id]
+        for rank in range(gang.contract.plan.world_size):
+            gang.exits[rank] = an_exit(rank, code, self.world.now)
+
+
+@pytest.fixture
+def scene() -> Iterator[Scene]:
+    found = Scene()
+    yield found
+    found.controller.close()
+    found.store.close()
+
+
+def started(actions: list[Any]) -> dict[str, int]:
+    return {one.job_id: one.placement.world_size for one in actions if isinstance(one, StartAttempt)}
+
+
+def test_slots_of_an_attempt_that_ends_are_given_away_in_the_same_tick(scene: Scene) -> None:
+    scene.submit("first", a_command_job(3))
+    scene.submit("second", a_command_job(3))
+    assert started(scene.tick()) == {"first": 3}
+    scene.end("first.1", ExitCode.DONE)
+    assert [type(action) for action in scene.tick(1.0)] == [EndAttempt, StartAttempt]
+
+
+def test_what_comes_after_a_job_starts_in_the_tick_in_which_that_ends(scene: Scene) -> None:
+    scene.submit("first", a_command_job(1))
+    scene.submit("second", a_command_job(1, after=["first"]))
+    assert started(scene.tick()) == {"first": 1}
+    scene.end("first.1", ExitCode.DONE)
+    assert started(scene.tick(1.0)) == {"second": 1}
+
+
+def test_room_that_was_left_to_a_gang_that_shrinks_is_not_given_away_when_it_ends(scene: Scene) -> None:
+    scene.submit("elastic", a_training_job("2..4"))
+    assert started(scene.tick()) == {"elastic": 4}
+    scene.world.now += 100.0
+    scene.submit("high", a_training_job(2, priority="high"))
+    scene.submit("other", a_training_job(2))
+    (stop,) = (action for action in scene.tick() if isinstance(action, SendStop))
+    assert (stop.job_id, stop.target) == ("elastic", 2)
+    scene.end("elastic.1", ExitCode.STOPPED)
+    assert started(scene.tick(5.0)) == {"high": 2, "elastic": 2}
