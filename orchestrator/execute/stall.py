@@ -1,8 +1,8 @@
-"""Whether a rank still moves, by its pulse, and where its threads are if it does not. Standard library and psutil alone.
+"""Whether a rank still moves, by its pulse, and where its threads are if not. Standard library and psutil alone.
 
-A rank that is alive may hang all the same: in a collective whose peers have gone elsewhere, in a driver, in a lock. What
-tells is that it does not move on, for longer than it ever took for the like, and for longer than any sound training
-takes. One rank that hangs makes all others wait, so all look alike soon; who is behind the others is the cause.
+A rank that is alive may hang all the same: in a collective whose peers have gone elsewhere, in a driver, in a lock.
+What tells is that it does not move on, for longer than it ever took for the like, and for longer than sound trainings
+take. One rank that hangs makes all others wait, so all look alike soon; who is behind the others is the cause.
 """
 
 from __future__ import annotations
@@ -85,10 +85,7 @@ class Watch:
             return None
         limit_s = self._limit_s(beat.phase)
         stopped_s = now - self._stopped_since if self._stopped_since is not None else 0.0
-        if self.limit_s == 0:
-            overdue = False
-        else:
-            overdue = self._age_s > limit_s or stopped_s > min(STOPPED_S, limit_s)
+        too_long = self._age_s > limit_s or stopped_s > min(STOPPED_S, limit_s)
         return {
             "phase": beat.phase,
             "part": beat.part,
@@ -97,7 +94,7 @@ class Watch:
             "seconds": round(self._age_s, 3),
             "limit_s": limit_s,
             "stopped": self._stopped_since is not None,
-            "overdue": overdue,
+            "overdue": too_long and self.limit_s != 0,
         }
 
     def _limit_s(self, phase: str) -> float:

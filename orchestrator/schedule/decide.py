@@ -171,7 +171,7 @@ class _Pass:
     def _reachable(self, gang: Gang, level: int) -> bool:
         """Whether there could be room for a gang if all that may stopped for it; it may turn out otherwise."""
         yard = self.yard
-        if yard.rules.preempt and self.now - gang.queued_at < yard.rules.patience_s:
+        if yard.rules.preempt and self.now < gang.queued_at + yard.rules.patience_s:
             self.patient_until = min(self.patient_until, gang.queued_at + yard.rules.patience_s)
         if self.soon is None:
             future = self.future if self.future is not None else self.free

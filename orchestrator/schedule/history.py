@@ -116,6 +116,9 @@ class History:
             if table.add(ran.ran_s):
                 self._changes.append(name)
                 self.version += 1
+        if self._everybody.jobs == FEW:  # from here on quantiles are answered, of all kinds
+            self._changes.clear()
+            self.version += 1
 
     def changed(self, version: int, kinds: Collection[Kind]) -> Collection[Kind]:
         """Those of `kinds` for which answers are others than at `version`, or perhaps are."""

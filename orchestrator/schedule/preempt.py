@@ -58,7 +58,7 @@ def _why(
             return Why.QUOTA
         if share_of(mine, wanted) > share_of(theirs, ranks[theirs.name]):
             return None
-    return Why.SHORTER if -turned > level and now - gang.queued_at >= yard.rules.patience_s else None
+    return Why.SHORTER if -turned > level and now >= gang.queued_at + yard.rules.patience_s else None
 
 
 def _long_enough(rules: Rules, held: Held, why: Why, now: float) -> bool:
@@ -101,7 +101,7 @@ class Reach:
         wanted = self.ranks[mine.name] + gang.min_processes
         if mine.guaranteed is not None and wanted <= mine.guaranteed:
             return total + for_class[gang.priority]
-        if self.now - gang.queued_at < self.yard.rules.patience_s:
+        if self.now < gang.queued_at + self.yard.rules.patience_s:
             return total
         key = gang.priority, level
         if key not in self._longer:

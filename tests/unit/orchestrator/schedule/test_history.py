@@ -211,6 +211,15 @@ def told(history: History, kind: Kind) -> float:
     return history.expected_s(a_gang("j1", queue=queue, name=name), 0.0)
 
 
+def test_all_kinds_are_told_when_quantiles_begin_to_be_answered() -> None:
+    history, other = seen(*[100.0] * (FEW - 1)), ("r", "x", 0)
+    version = history.version
+    assert history.left_s(a_gang("j1", queue="r"), 0.0, 0.5) is None
+    history.add(Ran("q", "train", 1, 100.0))
+    assert history.left_s(a_gang("j1", queue="r"), 0.0, 0.5) is not None
+    assert history.changed(version, [other]) == [other]
+
+
 def test_who_asks_too_late_is_told_that_all_may_have_changed() -> None:
     history = History()
     for number in range(REMEMBERED + 1):

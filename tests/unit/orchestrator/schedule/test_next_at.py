@@ -173,3 +173,14 @@ def test_history_that_is_learned_ranks_all_anew() -> None:
     yard.release("j1")
     decide(yard, 100.0)
     assert yard.level("j9") > before
+
+
+def test_what_was_announced_happens_at_the_very_moment_however_it_rounds() -> None:
+    """The time is a sum; tested as a difference it was not there yet, and the next look was minutes away."""
+    since = 228.61523766247777
+    yard = a_yard(1, rules=Rules(min_run_for_class_s=100.0, patience_s=0.0))
+    hold(yard, a_gang("j1"), since=since)
+    yard.wait(a_gang("j2", priority=100, queued_at=since))
+    told = decide(yard, since)
+    assert told.next_at == since + 100.0
+    assert [stop.job_id for stop in decide(yard, told.next_at).stops] == ["j1"]
