@@ -28,6 +28,8 @@ RESERVED = 160
 
 
 PULSE = "pulse"
+HUNG = "hung"
+"""The stop message's reason where a rank of the gang does not move: agents read all stacks before they end anything."""
 
 # A plan's wish for a GPU's allocator. Who starts the launcher puts it into torch's own words (`told_to_torch`).
 ENV_ALLOCATOR = "TUNEYARD_ALLOCATOR"

@@ -170,6 +170,9 @@ class RunContract(Record):
     """A rank ends itself when its node agent's heartbeat is older than this."""
     mtbf_s: float | None = None
     """Mean time between failures of a gang like this one, in seconds, where the orchestrator knows it."""
+    hang_s: float | None = None
+    """How long a rank may stay in a part of a step before it counts as hung; None for patience that adapts, 0 for
+    ever."""
     origin: Origin = Origin()
 
     @property

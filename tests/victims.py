@@ -1,4 +1,4 @@
-"""`python -m tests.victims`: launch, where ranks run out of memory: truly, or as they are told to.
+"""`python -m tests.victims`: launch, where ranks run out of memory, truly or as they are told to, or do not move on.
 
 VICTIM is a Victim as JSON; without it nothing is done. CGROUP is a cgroup of memory that every rank moves into.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ ENV_VICTIM, ENV_CGROUP = "VICTIM", "CGROUP"
 
 @dataclass(frozen=True)
 class Victim:
-    """Who runs out of memory, when, and how it is told."""
+    """Who it is, when, and how."""
 
     rank: int
     step: int
@@ -26,7 +27,8 @@ class Victim:
     where: str = "forward"
     """load, forward, or backward."""
     how: str = "cuda"
-    """cuda: torch's exception; host: Python's; cpu: what torch's CPU allocator raises; kill: SIGKILL, no exception."""
+    """cuda: torch's exception; host: Python's; cpu: what torch's CPU allocator raises; kill: SIGKILL, no exception.
+    stop: SIGSTOP; hang: it waits for what never comes."""
 
     def strike(self) -> None:
         import torch
@@ -40,6 +42,14 @@ class Victim:
                 torch.empty(1 << 60, dtype=torch.uint8)
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "hang":
+                never_returns()
+
+
+def never_returns() -> None:
+    threading.Event().wait()
 
 
 def install(victim: Victim) -> None:

@@ -17,6 +17,28 @@ class StandbyReport(BaseModel):
     """Memory they hold; what several processes map is divided among them."""
 
 
+class Stall(BaseModel):
+    """Where a rank stood when one of its node, or of its gang, did not move for too long."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    rank: int
+    time: float
+    phase: str
+    part: str
+    """Of a step."""
+    step: int
+    count: int
+    """Of its moves: who made fewer than the others keeps them waiting."""
+    seconds: float
+    """Since it moved last."""
+    limit_s: float
+    stopped: bool
+    """A signal has stopped its process."""
+    overdue: bool
+    stack: str | None = None
+
+
 class NodeReport(BaseModel):
     """What is known of an attempt on one of its nodes."""
 
@@ -38,6 +60,8 @@ class NodeReport(BaseModel):
     """Rank 0's lines about checkpoints past the offset that was asked from: the next of them, maybe not all."""
     offset: int = 0
     """Up to where its progress was read for them; to go on from."""
+    stalls: tuple[Stall, ...] = ()
+    """Where its ranks stand, while one does not move."""
 
 
 class AttemptStatus(BaseModel):
@@ -71,6 +95,10 @@ class AttemptStatus(BaseModel):
     @property
     def exits(self) -> list[RankExit]:
         return [end for report in self.reports for end in report.exits]
+
+    @property
+    def stalls(self) -> list[Stall]:
+        return [stall for report in self.reports for stall in report.stalls]
 
     @property
     def progress(self) -> ProgressLine | None:

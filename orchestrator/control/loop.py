@@ -360,6 +360,7 @@ class Controller:
             env={name: value for name, value in job.env.items() if isinstance(value, str)} | array_env(job),
             env_from={name: value.from_env for name, value in job.env.items() if isinstance(value, FromEnvironment)},
             leash_s=self.settings.leash,
+            hang_s=None if job.retry.hang_after == "auto" else job.retry.hang_after,
             mtbf_s=mtbf_s,
             origin=row.origin or Origin(),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from launch.attempt import HUNG
 from launch.contract import ExitCode, StopRequest
 from orchestrator.cluster.status import AttemptStatus
 from orchestrator.control.actions import (
@@ -13,6 +14,7 @@ from orchestrator.control.actions import (
     Explain,
     MarkLost,
     MarkRunning,
+    Note,
     NoteCheckpoints,
     NoteProgress,
     SendStop,
@@ -22,6 +24,7 @@ from orchestrator.control.actions import (
 from orchestrator.control.dispatch import over_time
 from orchestrator.control.facts import Facts, Policy, State
 from orchestrator.control.fitting import after_out_of_memory, device_kind, peak_of
+from orchestrator.control.hangs import STACKS_S, cause, hanging, judged
 from orchestrator.control.result import job_error, job_result, metrics_sentence
 from orchestrator.control.stops import PAUSE, PAUSING, paused, planned, stopped, stopping
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
@@ -70,6 +73,10 @@ def _attempt(
         # Agents end their own node's ranks; the other nodes' ranks only hang in a collective until they are told.
         reason = Reason(code=ReasonCode.FAILED, sentence="a rank failed; the rest of the gang is being ended")
         yield SendStop(*key, StopRequest(reason="a rank failed", deadline=now + ECHO_S), reason)
+    elif patient and (stall := cause(status.stalls)) is not None:
+        request, reason = StopRequest(reason=HUNG, deadline=now + STACKS_S), hanging(stall, attempt.run)
+        note = Note("hung", {"rank": stall.rank, "sentence": reason.sentence})
+        yield SendStop(*key, request, reason, notes=(note,))
     elif attempt.stop is not None:
         yield SendStopAgain(*key, attempt.stop)
         if planned(attempt) and attempt.state == AttemptState.STOPPING and job.reason != stopping(job, attempt):
@@ -137,6 +144,7 @@ def _goes_on(
 ) -> EndAttempt:
     """How the job goes on after an attempt of which nothing lives."""
     exits = status.exits if status else []
+    verdict = judged(attempt, verdict, status)
     outcome = verdict.outcome
     key = (attempt.job_id, attempt.number)
     if outcome == Outcome.SUCCEEDED:

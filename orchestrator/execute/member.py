@@ -19,9 +19,10 @@ from typing import Any
 
 import psutil
 
-from launch.attempt import ENV_HEARTBEAT, ENV_RUN_ID, AttemptFiles, ExitCode, told_to_torch, write_atomically
+from launch.attempt import ENV_HEARTBEAT, ENV_RUN_ID, HUNG, AttemptFiles, ExitCode, told_to_torch, write_atomically
 from orchestrator.execute.oom import Witness
 from orchestrator.execute.processes import inherited, is_alive, kill, of_run
+from orchestrator.execute.stall import Stacks, Watch, stack_in
 from orchestrator.execute.standby import Ordered, Standbys
 
 HEARTBEAT_S = 0.5
@@ -47,6 +48,8 @@ class LaunchRequest:
     """Path → text, written before the start."""
     owner: tuple[int, float] | None = None
     """Pid and start time of a process without which the attempt has no purpose (an embedded `run`)."""
+    hang_s: float | None = None
+    """How long a rank may stay in a part of a step, in place of patience that adapts; 0 is for ever."""
     standby: bool = False
     """Whether a standby may be its launcher: it trains, and no secret would lie in a standby's environment."""
 
@@ -70,6 +73,10 @@ class Member:
     ended: bool = False
     _seen: dict[int, dict[str, Any]] = field(default_factory=dict)
     _witnesses: dict[int, Witness] = field(default_factory=dict)
+    _watches: dict[int, Watch] = field(default_factory=dict)
+    _stacks: Stacks | None = None
+    """Being written, or written, once a rank has not moved for too long."""
+    _stalled: bool = False
     _ended_by_us: str | None = None
     """Why we ended what was left of the ranks, once we have."""
     _failed_at: float | None = None
@@ -131,6 +138,7 @@ class Member:
             self._beat()
         now = time.time()
         self._see_ranks()
+        self._watch_ranks()
         ends = {rank: self._exit(rank) for rank in self.request.ranks}
         failed = any(end and end["code"] not in (ExitCode.DONE, ExitCode.STOPPED) for end in ends.values())
         if failed and self._failed_at is None:
@@ -178,8 +186,35 @@ class Member:
                 if process is not None:
                     self._seen[rank] = process
                     self._witnesses[rank] = Witness(process["pid"])
+                    self._watches[rank] = Watch(self.files.pulse(rank), process["pid"], self.request.hang_s)
             elif not is_alive(self._seen[rank]["pid"], self._seen[rank]["start_time"]) and self._exit(rank) is None:
                 self._record_death(rank)
+
+    def _watch_ranks(self) -> None:
+        """Notice ranks that do not move. Once one is overdue here, or the gang is stopped for one elsewhere, the stacks
+        of all are read and where each stands is written down."""
+        now = time.monotonic()
+        live = [rank for rank in self._seen if self._exit(rank) is None]
+        overdue = [rank for rank in live if self._watches[rank].look(now) is not None]
+        stop = _read(self.files.stop)
+        told = stop is not None and stop["reason"] == HUNG
+        if not overdue and not told:
+            if self._stalled:  # it moves again
+                for rank in live:
+                    self.files.stall(rank).unlink(missing_ok=True)
+                self._stalled, self._stacks = False, None
+            return
+        if self._stacks is None:
+            self._stacks = Stacks({self._seen[rank]["pid"]: self.files.stacks(rank) for rank in live})
+        elif self._stalled and self._stacks.written:
+            return
+        self._stalled = True
+        self._stacks.look()
+        for rank in live:
+            place = self._watches[rank].place(now)
+            if place is not None:
+                stall = {"rank": rank, "time": time.time(), "stack": stack_in(self.files.stacks(rank)), **place}
+                write_atomically(self.files.stall(rank), json.dumps(stall))
 
     def _record_death(self, rank: int) -> None:
         """Write how a rank ended that could not: by us, by the kernel for want of memory, or by somebody's signal."""

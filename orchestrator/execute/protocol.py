@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from launch.attempt import AttemptFiles
 from launch.contract import ProgressLine, RankExit, RunContract, StopRequest
 from orchestrator.cluster.model import Node, Placement
-from orchestrator.cluster.status import AttemptStatus, NodeReport, StandbyReport
+from orchestrator.cluster.status import AttemptStatus, NodeReport, Stall, StandbyReport
 
 TAIL_BYTES = 8192
 LINE_BYTES = 1 << 16  # a user's script may write what it likes where progress is expected
@@ -74,6 +74,7 @@ def read_report(contract: RunContract, node_index: int, offset: int, *, reachabl
         progress=last_progress(files.progress(ranks[0])),
         news=news,
         offset=offset,
+        stalls=tuple(stall for rank in ranks if (stall := _read_stall(files.stall(rank))) is not None),
     )
 
 
@@ -127,5 +128,12 @@ def read_bytes(path: Path, offset: int, limit: int) -> bytes:
 def _read_exit(path: Path) -> RankExit | None:
     try:
         return RankExit.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def _read_stall(path: Path) -> Stall | None:
+    try:
+        return Stall.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError):
         return None

@@ -45,5 +45,6 @@ def build_request(
         cwd=contract.working_dir or contract.run_dir,
         files=launch_files(contract, node_index),
         owner=owner,
+        hang_s=contract.hang_s,
         standby=contract.spec is not None and not contract.env_from,
     )

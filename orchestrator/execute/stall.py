@@ -31,6 +31,8 @@ PATIENCE_S = {
     "export": 1800.0,
 }
 """How long a rank may stay where it is in a phase, at least."""
+STEADY = ("step", "evaluate")
+"""Phases of which a user knows how long they take."""
 FACTOR = 10.0
 """And so many times the longest that it has stayed in that phase in this attempt."""
 STOPPED_S = 20.0
@@ -48,7 +50,7 @@ class Watch:
     pulse: Path
     pid: int
     limit_s: float | None = None
-    """In place of patience that adapts; 0 is for ever."""
+    """For the steady phases, in place of patience that adapts; 0 is for ever, in all phases."""
     _beat: Beat | None = None
     _age_s: float = 0.0
     _away_s: float = 0.0
@@ -85,7 +87,7 @@ class Watch:
             return None
         limit_s = self._limit_s(beat.phase)
         stopped_s = now - self._stopped_since if self._stopped_since is not None else 0.0
-        too_long = self._age_s > limit_s or stopped_s > min(STOPPED_S, limit_s)
+        too_long = self._age_s > limit_s or stopped_s > min(STOPPED_S, self.limit_s or STOPPED_S)
         return {
             "phase": beat.phase,
             "part": beat.part,
@@ -98,7 +100,7 @@ class Watch:
         }
 
     def _limit_s(self, phase: str) -> float:
-        if self.limit_s:
+        if self.limit_s and phase in STEADY:
             return self.limit_s
         return max(PATIENCE_S.get(phase, max(PATIENCE_S.values())), FACTOR * self._longest_s.get(phase, 0.0))
 
@@ -121,6 +123,8 @@ class Stacks:
     def __init__(self, files: dict[int, Path]) -> None:
         """`files` by pid."""
         self._until = time.monotonic() + DUMP_S
+        self.written = False
+        """Whether more is not to come."""
         self._files = files
         self._asked: set[int] = set()
         self._readers: dict[int, subprocess.Popen[bytes]] = {}
@@ -135,19 +139,19 @@ class Stacks:
                     command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.DEVNULL
                 )
 
-    def done(self) -> bool:
-        """Whether all is written that will be."""
+    def look(self) -> None:
+        """See what has been read meanwhile; what takes too long is given up."""
         late = time.monotonic() > self._until
         for pid, reader in list(self._readers.items()):
             if late:
                 reader.kill()
-            code = reader.poll() if not late else reader.wait()
-            if code is None:
-                continue
-            del self._readers[pid]
-            if code != 0 and not late:
+                reader.wait()
+            code = reader.poll()
+            if code is not None:
+                del self._readers[pid]
+            if code is not None and code != 0:
                 self._ask(pid)
-        return not self._readers
+        self.written = late or (not self._readers and not self._asked)
 
     def _ask(self, pid: int) -> None:
         if pid not in self._asked and not is_stopped(pid) and listens(pid):

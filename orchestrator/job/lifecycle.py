@@ -104,6 +104,7 @@ class ReasonCode(enum.StrEnum):
     TRACING = "tracing"  # how much memory it needs is being found out
     BACKING_OFF = "backing-off"
     NEXT_RUNG = "next-rung"  # it ran out of memory, and goes on with a plan that takes less
+    HUNG = "hung"  # a rank does not move
     OLD_ATTEMPT_ENDING = "old-attempt-ending"
     STARTING = "starting"
     RUNNING = "running"

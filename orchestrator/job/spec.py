@@ -62,6 +62,10 @@ class Retry(Section):
 
     max_restarts: int = Field(3, ge=0)
     """How often the job is started again after a failure that was not its own fault."""
+    hang_after: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """Seconds for which a rank may stay in one part of a step, or in one batch of an evaluation, before the training's
+    gang is ended and started again. `auto`: two minutes, five for evaluations, and ten times the longest before.
+    Loading and saving have longer ones of their own. 0: nothing is ever ended for it."""
 
 
 class FromEnvironment(Section):

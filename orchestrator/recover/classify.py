@@ -24,6 +24,7 @@ class Outcome(enum.StrEnum):
     CRASHED = "crashed"
     KILLED = "killed"
     NODE_LOST = "node-lost"
+    HUNG = "hung"
 
 
 # One row a cause: is the job started again?
@@ -37,6 +38,7 @@ RETRIED: dict[Outcome, bool] = {
     Outcome.CRASHED: True,
     Outcome.KILLED: True,
     Outcome.NODE_LOST: True,
+    Outcome.HUNG: True,
 }
 
 OUTCOMES: dict[ExitCode, Outcome] = {
