@@ -81,7 +81,8 @@ def _run(
     hold_leash(contract.leash_s, ending)
     if contract.plan.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed guesses at import, and guesses wrong without a GPU
-    from launch.train import part_from_peers, train
+    from launch.tally import part_from_peers
+    from launch.train import train
 
     code, result = train(contract, files, rank, stop)
     ending.record(code, result=result)

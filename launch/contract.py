@@ -311,6 +311,10 @@ class ProgressLine(Record):
     samples_per_s: float | None = None
     eta_s: float | None = None
     memory_bytes: int | None = None
+    slow_rank: int | None = None
+    """The rank that the others wait for at every step, if there is one."""
+    slow_by: float | None = None
+    """How many times their time it needs for its own part of a step."""
     skipped: int | None = None
     """How many steps were left out so far, where this is one."""
     metrics: dict[str, float] | None = None

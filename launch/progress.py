@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launch.attempt import PULSE
 from launch.contract import CheckpointNote, ProgressLine
+from launch.pace import Pace
 from launch.pulse import Pulse
 
 CURVE_LINES = 5000
@@ -23,6 +24,8 @@ class Progress:
         self._file = path.open("a", encoding="utf-8")
         self.pulse = Pulse(path.with_name(PULSE))
         """Where the rank is between the lines."""
+        self.pace = Pace()
+        """Which rank is slow."""
         self.curve: list[ProgressLine] = []
         """Lines of phases `train` and `evaluate`, for the training curve; of a long training some of the former."""
         self.follow: Callable[[ProgressLine], None] = lambda _line: None
@@ -55,6 +58,7 @@ class Progress:
         assert self._started is not None
         elapsed = max(time.monotonic() - self._started, 1e-9)
         done = step - self._steps_before
+        slow = self.pace.slowest()
         self.write(
             ProgressLine(
                 time=time.time(),
@@ -67,6 +71,8 @@ class Progress:
                 samples_per_s=(samples - self._samples_before) / elapsed,
                 eta_s=elapsed / done * (steps - step),
                 memory_bytes=memory_bytes,
+                slow_rank=slow.rank if slow is not None else None,
+                slow_by=round(slow.ratio, 2) if slow is not None else None,
             )
         )
 

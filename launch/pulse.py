@@ -54,7 +54,8 @@ class Pulse:
         with path.open("r+b") as stream:
             self._map = mmap.mmap(stream.fileno(), _BEAT.size)
         self._count = 0
-        self._own_s = 0.0
+        self.own_s = 0.0
+        """Of the step that is being made, or of the last one."""
         self._began: float | None = None
 
     def enter(self, phase: str, step: int = 0, part: str = "") -> None:
@@ -67,14 +68,14 @@ class Pulse:
         self._count += 1
         # The count goes first to an odd number, so that who reads in between sees that it is not whole.
         self._map[:8] = struct.pack("<Q", 2 * self._count - 1)
-        place = PHASES.index(phase), PARTS.index(part), step, now, self._own_s
+        place = PHASES.index(phase), PARTS.index(part), step, now, self.own_s
         self._map[8:] = _BEAT.pack(0, *place)[8:]
         self._map[:8] = struct.pack("<Q", 2 * self._count)
 
     def waits(self) -> None:
         """From here on the step waits for other ranks."""
         if self._began is not None:
-            self._own_s, self._began = time.monotonic() - self._began, None
+            self.own_s, self._began = time.monotonic() - self._began, None
 
 
 def read_beat(path: Path) -> Beat | None:

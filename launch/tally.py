@@ -35,6 +35,8 @@ class Heard(NamedTuple):
     step: Step
     loss: float
     wishes: Wishes
+    own_s: tuple[float, ...] = ()
+    """Seconds that each rank needed before it waited for others, by rank; of one rank alone nothing."""
 
 
 class Tally:
@@ -49,10 +51,14 @@ class Tally:
         self._device = device
         self._pending: tuple[Step, torch.Tensor, torch.cuda.Event | None] | None = None
 
-    def tell(self, step: Step, loss_sum: torch.Tensor, wishes: Wishes) -> Heard | None:
+    def tell(self, step: Step, loss_sum: torch.Tensor, wishes: Wishes, own_s: float = 0.0) -> Heard | None:
         """Tell of `step`, and hear of it; with `late`, of the one before, and None if there is none."""
         before = self.rest()
-        told = torch.tensor(wishes, dtype=torch.float64, device=self._device)
+        times: list[float] = []
+        if torch.distributed.is_initialized():
+            times = [0.0] * torch.distributed.get_world_size()
+            times[torch.distributed.get_rank()] = own_s
+        told = torch.tensor([*wishes, *times], dtype=torch.float64, device=self._device)
         values = torch.cat([loss_sum.reshape(1), told])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(values)
@@ -72,9 +78,16 @@ class Tally:
         self._pending = None
         if event is not None:
             event.synchronize()
-        loss_sum, *wishes = values.tolist()
-        return Heard(step, loss_sum / step.terms, Wishes(*(wish > 0 for wish in wishes)))
+        loss_sum, *told = values.tolist()
+        wishes, own_s = told[: len(Wishes._fields)], told[len(Wishes._fields) :]
+        return Heard(step, loss_sum / step.terms, Wishes(*(wish > 0 for wish in wishes)), tuple(own_s))
 
 
 def either(first: Wishes, second: Wishes) -> Wishes:
     return Wishes(*(a or b for a, b in zip(first, second, strict=True)))
+
+
+def part_from_peers() -> None:
+    """Leave the process group, if there is one: peers that still use it fail at once instead of waiting."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

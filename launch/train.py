@@ -106,12 +106,6 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     return ExitCode.DONE, loop.result(metrics, contract.output_dir)
 
 
-def part_from_peers() -> None:
-    """Leave the process group, if there is one: peers that still use it fail at once instead of waiting."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 class Found(NamedTuple):
     """What a rank has found of itself that its engine does not know."""
 
@@ -279,7 +273,8 @@ class Loop:
         self.consumed += len(batch)
         wishes = Wishes(self.stop.wished(), self.saving.is_due_by_time(), self.saving.has_failed())
         self.enter("exchange", self.step)
-        told = self.tally.tell(Step(self.step, self.consumed, rate, terms), loss_sum, wishes)
+        own_s = self.progress.pulse.own_s if self.device.type == "cpu" else 0.0  # a GPU runs behind its host
+        told = self.tally.tell(Step(self.step, self.consumed, rate, terms), loss_sum, wishes, own_s)
         self.enter("update", self.step)
         if self.tally.late:
             self.engine.step(rate)
@@ -291,7 +286,8 @@ class Loop:
 
     def take(self, told: Heard) -> Wishes:
         """Note what became of a step; returns what the ranks wished then."""
-        step, loss, wishes = told
+        step, loss, wishes, own_s = told
+        self.progress.pace.see(own_s)
         if not math.isfinite(loss):
             self.skip(step, loss)
             return wishes

@@ -9,11 +9,13 @@ import json
 import os
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ENV_VICTIM, ENV_CGROUP = "VICTIM", "CGROUP"
+SLOW_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Victim:
     """load, forward, or backward."""
     how: str = "cuda"
     """cuda: torch's exception; host: Python's; cpu: what torch's CPU allocator raises; kill: SIGKILL, no exception.
-    stop: SIGSTOP; hang: it waits for what never comes."""
+    stop: SIGSTOP; hang: it waits for what never comes; slow: each step from then on takes SLOW_S longer."""
 
     def strike(self) -> None:
         import torch
@@ -46,6 +48,8 @@ class Victim:
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "hang":
                 never_returns()
+            case "slow":
+                time.sleep(SLOW_S)
 
 
 def never_returns() -> None:
@@ -63,7 +67,7 @@ def install(victim: Victim) -> None:
     summed = launch.train.Loop.summed_loss
 
     def unlucky(loop: launch.train.Loop, *arguments: Any) -> Any:
-        if loop.step + 1 != victim.step:
+        if loop.step + 1 != victim.step and not (victim.how == "slow" and loop.step >= victim.step):
             return summed(loop, *arguments)
         if victim.where == "forward":
             victim.strike()

@@ -13,7 +13,13 @@ from orchestrator.cli.output import Format, Output, age, out, print_json, size, 
 from orchestrator.views import AttemptView, EventView, JobView
 
 COMMITTED = "checkpoint-committed"
-SENTENCES = {"out-of-memory": "message", "next-rung": "sentence", "remembered": "sentence"}
+SENTENCES = {
+    "out-of-memory": "message",
+    "next-rung": "sentence",
+    "remembered": "sentence",
+    "hung": "sentence",
+    "slow-rank": "sentence",
+}
 """Kinds of events of which one field says it all."""
 
 

@@ -71,6 +71,7 @@ class NoteProgress:
     progress: ProgressLine | None
     offset: int
     """Bytes of rank 0's progress in which there is no checkpoint that is not noted."""
+    notes: tuple[Note, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
-"""A gang of which a rank does not move: who it is, what is said of it, and how its attempt is judged. Pure."""
+"""A gang of which a rank does not move, or is slow: who it is, what is said of it, how its attempt is judged. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from launch.attempt import HUNG
-from launch.contract import RankError, RunContract
+from launch.contract import ProgressLine, RankError, RunContract
 from orchestrator.cluster.status import AttemptStatus, Stall
+from orchestrator.control.actions import Note
 from orchestrator.job.lifecycle import Reason, ReasonCode
 from orchestrator.recover.classify import Outcome, Verdict
 from orchestrator.store.rows import AttemptRow
@@ -25,12 +26,10 @@ def cause(stalls: Sequence[Stall]) -> Stall | None:
 
 def description(stall: Stall, contract: RunContract) -> str:
     """`rank 1 (node n2) does not move: for 131 s in step 57, in its backward part; the limit is 120 s`."""
-    index = next(index for index in range(len(contract.nodes)) if stall.rank in contract.ranks_of(index))
     where = {"step": f"in step {stall.step}", "first-step": "in its first step"}.get(stall.phase, f"in `{stall.phase}`")
     part = f", in its {stall.part} part" if stall.part else ""
     why = "a signal has stopped its process" if stall.stopped else f"the limit is {stall.limit_s:.0f} s"
-    who = f"rank {stall.rank} (node {contract.nodes[index].node})"
-    return f"{who} does not move: for {stall.seconds:.0f} s {where}{part}; {why}"
+    return f"{_who(stall.rank, contract)} does not move: for {stall.seconds:.0f} s {where}{part}; {why}"
 
 
 def hanging(stall: Stall, contract: RunContract) -> Reason:
@@ -59,3 +58,22 @@ def judged(attempt: AttemptRow, verdict: Verdict, status: AttemptStatus | None) 
         traceback=stall.stack,
     )
     return Verdict(Outcome.HUNG, end.model_copy(update={"error": error}))
+
+
+def slow_rank(attempt: AttemptRow, progress: ProgressLine | None) -> tuple[Note, ...]:
+    """What is noted when the rank that all others wait for becomes another one, or nobody."""
+    if progress is None or progress.loss is None:
+        return ()  # only lines of steps tell
+    before = attempt.progress.slow_rank if attempt.progress is not None else None
+    if progress.slow_rank == before:
+        return ()
+    if progress.slow_rank is None:
+        return (Note("slow-rank", {"rank": None, "sentence": "no rank is slower than the others any more"}),)
+    who = _who(progress.slow_rank, attempt.run)
+    told = f"{who} takes {progress.slow_by:.1f} times as long for its part of a step as the others, which wait for it"
+    return (Note("slow-rank", {"rank": progress.slow_rank, "by": progress.slow_by, "sentence": told}),)
+
+
+def _who(rank: int, contract: RunContract) -> str:
+    index = next(index for index in range(len(contract.nodes)) if rank in contract.ranks_of(index))
+    return f"rank {rank} (node {contract.nodes[index].node})"

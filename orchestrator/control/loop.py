@@ -213,6 +213,8 @@ class Controller:
                         write.explain(action.job_id, action.reason)
                     else:
                         write.set_progress(action.job_id, action.number, action.progress, action.offset, now)
+                        for note in action.notes:
+                            write.event(action.job_id, action.number, now, note.kind, note.data)
         return actions
 
     def _apply(

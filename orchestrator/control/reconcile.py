@@ -24,7 +24,7 @@ from orchestrator.control.actions import (
 from orchestrator.control.dispatch import over_time
 from orchestrator.control.facts import Facts, Policy, State
 from orchestrator.control.fitting import after_out_of_memory, device_kind, peak_of
-from orchestrator.control.hangs import STACKS_S, cause, hanging, judged
+from orchestrator.control.hangs import STACKS_S, cause, hanging, judged, slow_rank
 from orchestrator.control.result import job_error, job_result, metrics_sentence
 from orchestrator.control.stops import PAUSE, PAUSING, paused, planned, stopped, stopping
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
@@ -101,7 +101,7 @@ def _attempt(
     progress = status.progress
     changed = progress is not None and progress != attempt.progress
     if (changed and now - attempt.last_contact >= PROGRESS_S) or now - attempt.last_contact >= SILENCE_S / 2:
-        yield NoteProgress(*key, progress if changed else None, status.offset)
+        yield NoteProgress(*key, progress if changed else None, status.offset, slow_rank(attempt, progress))
 
 
 def _has_failed_in_part(status: AttemptStatus) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,18 +22,21 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("victim", "why"), CASES)
-def test_the_rank_that_keeps_the_others_waiting_is_named(tmp_path: Path, victim: Victim, why: str) -> None:
-    job = a_training_job(
+def a_job(folder: Path, steps: int = STEPS) -> Any:
+    return a_training_job(
         2,
         strategy="ddp",
-        model={"name_or_path": str(write_bert(tmp_path / "bert")), "task": "sequence-classification"},
-        data={"train": str(write_messages(tmp_path / "messages.tsv")), "max_length": 32},
+        model={"name_or_path": str(write_bert(folder / "bert")), "task": "sequence-classification"},
+        data={"train": str(write_messages(folder / "messages.tsv")), "max_length": 32},
         checkpoint={"every_steps": 3},
-        train={"max_steps": STEPS, "global_batch_size": 16, "learning_rate": 1e-3},
+        train={"max_steps": steps, "global_batch_size": 16, "learning_rate": 1e-3},
         retry={"hang_after": 6},
     )
-    ended = carried_out(tmp_path, job, **{ENV_VICTIM: json.dumps(asdict(victim))})
+
+
+@pytest.mark.parametrize(("victim", "why"), CASES)
+def test_the_rank_that_keeps_the_others_waiting_is_named(tmp_path: Path, victim: Victim, why: str) -> None:
+    ended = carried_out(tmp_path, a_job(tmp_path), **{ENV_VICTIM: json.dumps(asdict(victim))})
     assert ended.job.state == JobState.SUCCEEDED, ended.story()
     first, second = ended.attempts
     assert (first.outcome, second.outcome) == ("hung", "succeeded")
@@ -51,3 +55,13 @@ def test_the_rank_that_keeps_the_others_waiting_is_named(tmp_path: Path, victim:
     assert "strike" in texts[1]
     assert "strike" in error["traceback"]
     assert "backward" in texts[0]
+
+
+def test_a_rank_that_all_others_wait_for_is_named(tmp_path: Path) -> None:
+    victim = Victim(rank=1, step=2, how="slow")
+    ended = carried_out(tmp_path, a_job(tmp_path, steps=40), **{ENV_VICTIM: json.dumps(asdict(victim))})
+    assert [attempt.outcome for attempt in ended.attempts] == ["succeeded"], ended.story()
+    told = ended.told("slow-rank")
+    assert told[0]["rank"] == 1
+    assert told[0]["by"] >= 1.5
+    assert told[0]["sentence"].startswith("rank 1 (node ")
