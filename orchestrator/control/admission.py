@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -25,10 +26,9 @@ from orchestrator.store.rows import JobRow, Lease
 from orchestrator.store.store import Store
 from orchestrator.store.transaction import NewAttempt
 
-FIRST = 16
-"""Attempts in the first transaction and call of the executor: few, so that it has something to do soon."""
-AT_ONCE = 256
-"""Attempts in each of the others."""
+FIRST, AT_ONCE = 32, 256
+"""Attempts in the first transaction and call of the executor, and in each of the others: it has something to do soon,
+and the next are stored by the time it has done that."""
 CALLS = 4
 """Calls of the executor at the same time."""
 
@@ -64,9 +64,10 @@ class Admission:
         with ThreadPoolExecutor(CALLS, "start") as calls:
             for contracts in _batches(again):
                 begun.append((contracts, calls.submit(self._executor.start, contracts)))
-            ports, history = self._ports(starts), self._history() if starts else []
+            ports = self._ports(starts)
+            mtbf_s = cache(partial(mean_time_between_failures, self._history() if starts else []))
             for some in _batches(starts):
-                contracts = self._store_all(self._planned(some, jobs, ports, history), lease)
+                contracts = self._store_all(self._planned(some, jobs, ports, mtbf_s), lease)
                 begun.append((contracts, calls.submit(self._executor.start, contracts)))
         failed = [
             (contract, problem)
@@ -88,17 +89,19 @@ class Admission:
         starts: Sequence[StartAttempt],
         jobs: Mapping[str, JobRow],
         ports: Mapping[str, Iterator[int]],
-        history: Sequence[Ran],
+        mtbf_s: Callable[[int], float],
     ) -> list[tuple[StartAttempt, RunContract]]:
-        """With the contract of each; without those whose node has no port to give."""
+        """With the contract of each; without those whose node has no port to give. `mtbf_s` is a gang's mean time
+        between failures, by its number of nodes."""
         planned = []
         for start in starts:
             shares = start.placement.shares
-            if shares[0].node not in ports:
-                log.warning("node does not answer", job=start.job_id, node=shares[0].node)
-                continue
-            mtbf_s = mean_time_between_failures(history, len(shares))
-            planned.append((start, self._contract(start, jobs[start.job_id], next(ports[shares[0].node]), mtbf_s)))
+            first = shares[0].node
+            if first in ports:
+                contract = self._contract(start, jobs[start.job_id], next(ports[first]), mtbf_s(len(shares)))
+                planned.append((start, contract))
+            else:
+                log.warning("node does not answer", job=start.job_id, node=first)
         return planned
 
     def _store_all(self, some: Sequence[tuple[StartAttempt, RunContract]], lease: Lease) -> list[RunContract]:
@@ -171,5 +174,5 @@ def _reason(start: StartAttempt) -> Reason:
 
 
 def _batches(some: Sequence[T]) -> Iterator[Sequence[T]]:
-    ends = [0, *range(FIRST, len(some), AT_ONCE), len(some)]
-    return (some[begin:end] for begin, end in pairwise(ends) if begin < end)
+    bounds = [0, *range(FIRST, len(some), AT_ONCE), len(some)]
+    return (some[begin:end] for begin, end in pairwise(bounds) if begin < end)

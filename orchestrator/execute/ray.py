@@ -25,7 +25,6 @@ CALL_S = 5.0
 START_S = 4 * CALL_S
 RESERVE_S = 30.0
 SOON_S = 1.0
-FEW = 32
 NODE_ID_LABEL = "ray.io/node-id"
 GPU_TYPE_LABEL = "ray.io/accelerator-type"
 
@@ -175,7 +174,7 @@ class RayExecutor:
 
 
 def _reserved(contracts: Sequence[RunContract], failed: dict[str, ExecutorError]) -> Iterator[list[RunContract]]:
-    """Reserve the slots of gangs, and yield those that have got theirs, a few at a time, as they get them: none waits
+    """Reserve the slots of gangs, and yield those that have got theirs, once all have or SOON_S have passed: none waits
     long for another. Why one gets none goes into `failed`, by run id."""
     groups = []
     for contract in contracts:
@@ -187,7 +186,7 @@ def _reserved(contracts: Sequence[RunContract], failed: dict[str, ExecutorError]
     asked = {group.ready(): (contract, group) for contract, group in groups}
     deadline = time.monotonic() + RESERVE_S
     while asked and (left := deadline - time.monotonic()) > 0:
-        answered, _ = ray.wait(list(asked), num_returns=min(FEW, len(asked)), timeout=min(left, SOON_S))
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=min(left, SOON_S))
         reserved = []
         for reference in answered:
             contract, _ = asked.pop(reference)
