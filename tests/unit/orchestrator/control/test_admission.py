@@ -105,7 +105,7 @@ def admit(store: Store, gangs: Gangs, starts: Sequence[StartAttempt], lease: Lea
 
 def test_what_goes_wrong_with_some_does_not_keep_the_others_from_starting(store: Store) -> None:
     names, gangs, lease = submit(store, MANY), Gangs(store), lease_of(store)
-    silent, taken, refused = names[3::10], names[5], names[FIRST + 1]
+    silent, taken, refused = names[4::10], names[5], names[FIRST + 1]
     gangs.silent, gangs.fail = {"n1"}, {f"{refused}.1"}
     admit(store, Gangs(store), [a_start(taken)], lease, now=1.5)  # by another controller, between look and act
     admit(store, gangs, [a_start(name, node=int(name in silent)) for name in names], lease)
