@@ -12,7 +12,7 @@ AIO ?= 0
 
 .DEFAULT_GOAL := help
 .PHONY: help setup examples demo test lint format bench-latency bench-standby bench-train bench-checkpoint \
-	bench-memory bench-simulate bench-scheduler chaos clean
+	bench-memory bench-simulate bench-scheduler bench-admission chaos clean
 
 help:
 	@echo "make demo           set up, then fine-tune MiniLM on two processes through a local yard"
@@ -28,6 +28,7 @@ help:
 	@echo "make bench-memory   measure predicted memory beside what trainings really hold, and beside published peaks"
 	@echo "make bench-simulate  simulate a week of a public trace, under the yard's scheduler and under others"
 	@echo "make bench-scheduler  measure what a scheduling decision costs, to 100,000 queued gangs on 10,000 nodes"
+	@echo "make bench-admission  measure how many jobs a second are admitted on a Ray yard, beside Ray's own rate"
 	@echo "make chaos          kill a rank in 200 saves, damage 1000 checkpoints, and see what the next attempt resumes from"
 	@echo "make clean          remove caches, .venv and the example yard (.tuneyard)"
 
@@ -122,6 +123,9 @@ bench-checkpoint: setup
 
 bench-scheduler: setup
 	$(BIN)/python -m benchmarks.scheduler
+
+bench-admission: setup
+	$(BIN)/python -m benchmarks.admission
 
 bench-simulate: setup
 	$(BIN)/python -m benchmarks.simulate_philly

@@ -11,9 +11,11 @@ from typing import Any
 
 from launch.attempt import AttemptFiles, write_atomically
 from launch.contract import RunContract, StopRequest
-from orchestrator.cluster.model import Node, Placement
+from orchestrator.cluster.model import Node
 from orchestrator.cluster.status import AttemptStatus, StandbyReport
 from orchestrator.control.loop import Controller
+from orchestrator.errors import ExecutorError
+from orchestrator.execute.local import free_ports
 from orchestrator.execute.member import Member
 from orchestrator.execute.processes import of_run
 from orchestrator.execute.protocol import read_bytes, read_report
@@ -24,7 +26,7 @@ from orchestrator.memory.alike import Peak, key_of
 from orchestrator.settings import Settings
 from orchestrator.store.rows import AttemptRow, EventRow, JobRow
 from orchestrator.store.store import Store
-from tests.worlds import free_port, standby
+from tests.worlds import standby
 
 ROOT = Path(__file__).parents[1]
 TICK_S = 0.05
@@ -66,16 +68,18 @@ class Here:
     def standbys(self) -> dict[str, StandbyReport]:
         return {}
 
-    def free_port(self, placement: Placement) -> int:  # noqa: ARG002 - there is one machine
-        return free_port()
+    def free_ports(self, wanted: Mapping[str, int]) -> dict[str, list[int]]:
+        return {node: free_ports(count) for node, count in wanted.items()}
 
-    def start(self, contract: RunContract) -> None:
-        for index in range(len(contract.nodes)):
-            request = build_request(contract, index)
-            argv = tuple("tests.victims" if word == "launch" else word for word in request.argv)
-            member = Member(replace(request, argv=argv, cwd=str(ROOT), env={**request.env, **self._environment}))
-            if member.start(Forks()):  # type: ignore[arg-type]
-                self._members[contract.run_id, index] = member
+    def start(self, contracts: Sequence[RunContract]) -> dict[str, ExecutorError]:
+        for contract in contracts:
+            for index in range(len(contract.nodes)):
+                request = build_request(contract, index)
+                argv = tuple("tests.victims" if word == "launch" else word for word in request.argv)
+                member = Member(replace(request, argv=argv, cwd=str(ROOT), env={**request.env, **self._environment}))
+                if member.start(Forks()):  # type: ignore[arg-type]
+                    self._members[contract.run_id, index] = member
+        return {}
 
     def poll(self, contracts: Sequence[RunContract], offsets: Mapping[str, int]) -> dict[str, AttemptStatus]:
         for key, member in list(self._members.items()):

@@ -16,6 +16,7 @@ from orchestrator.cluster.model import Node, Placement
 from orchestrator.control import dispatch
 from orchestrator.control.actions import Action, EndAttempt, SendStop, StartAttempt
 from orchestrator.control.loop import Controller
+from orchestrator.errors import ExecutorError
 from orchestrator.schedule.decide import decide
 from orchestrator.schedule.gang import Decisions, Queue
 from orchestrator.schedule.yard import Yard
@@ -81,10 +82,14 @@ class Ranks(World):
         """Seconds of work on num_gpus."""
         self.works: dict[str, Work] = {}
 
-    def start(self, contract: RunContract) -> None:
-        if contract.run_id in self.gangs:
-            return
-        super().start(contract)
+    def start(self, contracts: Sequence[RunContract]) -> dict[str, ExecutorError]:
+        new = [contract for contract in contracts if contract.run_id not in self.gangs]
+        refused = super().start(new)
+        for contract in new:
+            self._work(contract)
+        return refused
+
+    def _work(self, contract: RunContract) -> None:
         job, conditions = self.jobs[contract.job_id], self.conditions
         speed = conditions.speed(contract.plan.world_size, job.num_gpus)
         works_from = self.now + conditions.startup_s

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from launch.contract import ProgressLine, RankExit, RunContract, StopRequest
-from orchestrator.cluster.model import Node, Placement
+from orchestrator.cluster.model import Node
 from orchestrator.cluster.status import AttemptStatus, NodeReport
 from orchestrator.errors import ExecutorError
 
@@ -39,15 +39,15 @@ class World:
     def nodes(self) -> list[Node]:
         return [node for node in self.all if node.id in self.up]
 
-    def free_port(self, placement: Placement) -> int:
-        if placement.shares[0].node not in self.up:
-            raise ExecutorError("no such node")
-        return 1
+    def free_ports(self, wanted: Mapping[str, int]) -> dict[str, list[int]]:
+        return {node: list(range(count)) for node, count in wanted.items() if node in self.up}
 
-    def start(self, contract: RunContract) -> None:
+    def start(self, contracts: Sequence[RunContract]) -> dict[str, ExecutorError]:
         if self.starts_fail:
-            raise ExecutorError("it did not start")
-        self.gangs.setdefault(contract.run_id, Gang(contract))
+            return {contract.run_id: ExecutorError("it did not start") for contract in contracts}
+        for contract in contracts:
+            self.gangs.setdefault(contract.run_id, Gang(contract))
+        return {}
 
     def poll(self, contracts: Sequence[RunContract], offsets: Mapping[str, int]) -> dict[str, AttemptStatus]:
         return {contract.run_id: self._status(contract, offsets[contract.run_id]) for contract in contracts}

@@ -20,7 +20,7 @@ from launch.attempt import ENV_RUN_ID, AttemptFiles
 from launch.token_cache import ENV_CACHE
 from orchestrator.execute.processes import carrying, end_all
 from orchestrator.settings import Settings
-from orchestrator.yard import ENV_YARD, YardRecord, read_yard
+from orchestrator.yard import ENV_YARD, YardRecord, environment, read_yard
 
 PATIENCE = 120.0
 
@@ -107,6 +107,15 @@ class Yard:
         record = read_yard(Settings(home=self.home))
         assert record is not None
         return record
+
+    def without_controller(self) -> tuple[str, dict[str, str]]:
+        """End the controller: the address of its Ray, and the environment for another driver of that."""
+        controller, address = self.record.controller, self.record.ray_address
+        assert controller is not None
+        assert address is not None
+        kill(controller.pid, signal.SIGTERM)
+        until(lambda: not controller.alive)
+        return address, environment(Settings(home=self.home), self.record)
 
     def left_of(self, job: str) -> list[psutil.Process]:
         """Processes of any attempt of a job that are alive."""

@@ -8,11 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import structlog
 
-from launch.contract import Device, Origin, RunContract, checkpoints_of_job, dumps
+from launch.contract import Device, RunContract, dumps
 from launch.footprint_record import Footprint
 from orchestrator.cluster.model import Node
 from orchestrator.cluster.spec import NodeKind
@@ -30,6 +29,7 @@ from orchestrator.control.actions import (
     StartAgain,
     StartAttempt,
 )
+from orchestrator.control.admission import Admission
 from orchestrator.control.board import Board
 from orchestrator.control.dispatch import dispatch
 from orchestrator.control.facts import Facts, Policy, State
@@ -37,16 +37,14 @@ from orchestrator.control.reconcile import reconcile
 from orchestrator.control.rules import rules_of
 from orchestrator.control.stops import PREEMPT
 from orchestrator.control.wishes import label_of, ways_of
-from orchestrator.errors import ConflictError, ExecutorError, LeaseLostError, StoreError
+from orchestrator.errors import ExecutorError, LeaseLostError, StoreError
 from orchestrator.execute.protocol import Executor
 from orchestrator.execute.tracing import Tracer
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
-from orchestrator.job.spec import AnyJob, FromEnvironment, TrainingJob, array_env
+from orchestrator.job.spec import AnyJob, TrainingJob
 from orchestrator.memory.alike import key_of
 from orchestrator.memory.options import factors_of, kinds_of
 from orchestrator.memory.sizing import Sizing
-from orchestrator.recover.classify import Outcome
-from orchestrator.recover.reliability import LOOK_BACK_S, Ran, mean_time_between_failures
 from orchestrator.schedule.gang import Queue
 from orchestrator.schedule.history import Ran as JobRan
 from orchestrator.settings import Settings
@@ -81,6 +79,7 @@ class Controller:
             pause_grace=settings.pause_grace,
             rules=rules_of(settings),
         )
+        self._admission = Admission(store, executor, settings, clock)
         self._board: Board | None = None
         self._jobs: dict[str, JobRow] = {}
         self._created: dict[tuple[str, int], float] = {}
@@ -201,10 +200,20 @@ class Controller:
     def _carry_out(self, actions: list[Action], state: State, lease: Lease) -> list[Action]:
         contracts = {(attempt.job_id, attempt.number): attempt.run for attempt in state.attempts}
         self._created = {(attempt.job_id, attempt.number): attempt.created_at for attempt in state.attempts}
-        told = [action for action in actions if isinstance(action, Explain | NoteProgress)]
+        starts: list[StartAttempt] = []
+        again: list[RunContract] = []
+        told: list[Explain | NoteProgress] = []
         for action in actions:
-            if not isinstance(action, Explain | NoteProgress):
-                self._apply(action, lease, self._jobs, contracts)
+            match action:
+                case StartAttempt():
+                    starts.append(action)
+                case StartAgain(job_id, number):
+                    again.append(contracts[job_id, number])
+                case Explain() | NoteProgress():
+                    told.append(action)
+                case _:
+                    self._apply(action, lease, contracts)
+        self._admission.start(starts, again, self._jobs, lease)
         if told:  # there may be thousands
             now = self.clock()
             with self.store.acting(lease) as write:
@@ -217,15 +226,9 @@ class Controller:
                             write.event(action.job_id, action.number, now, note.kind, note.data)
         return actions
 
-    def _apply(
-        self, action: Action, lease: Lease, jobs: dict[str, JobRow], contracts: dict[tuple[str, int], RunContract]
-    ) -> None:
+    def _apply(self, action: Action, lease: Lease, contracts: dict[tuple[str, int], RunContract]) -> None:
         now = self.clock()
         match action:
-            case StartAttempt():
-                self._start(action, lease, jobs[action.job_id], now)
-            case StartAgain(job_id, number):
-                self._start_gang(contracts[job_id, number], lease)
             case MarkRunning(job_id, number):
                 reason = Reason(code=ReasonCode.RUNNING, sentence=f"attempt {number} runs")
                 with self.store.acting(lease) as write:
@@ -256,35 +259,6 @@ class Controller:
                 with self.store.acting(lease) as write:
                     # What it waited for before is over, and so is what was told of its last attempt.
                     write.set_job(job_id, state, reason, now, not_before=None, error=None)
-
-    def _start(self, action: StartAttempt, lease: Lease, row: JobRow, now: float) -> None:
-        try:
-            port = self.executor.free_port(action.placement)
-        except ExecutorError as problem:
-            log.warning("node does not answer", job=action.job_id, error=problem.message)
-            return
-        contract = self._contract(action, row, port, self._mtbf_s(len(action.placement.shares), now))
-        reason = Reason(code=ReasonCode.STARTING, sentence=f"attempt {action.number} starts")
-        relief = {} if action.relief is None else {"relief": dumps(action.relief)}
-        try:
-            with self.store.acting(lease) as write:
-                write.add_attempt(contract, action.placement, now, action.predicted)
-                write.set_job(action.job_id, JobState.STARTING, reason, now, target=None, **relief)
-                for note in action.notes:
-                    write.event(action.job_id, action.number, now, note.kind, note.data)
-                write.note_start(action.job_id, now)
-        except ConflictError as problem:
-            log.warning("attempt exists already", job=action.job_id, error=problem.message)
-            return
-        self._start_gang(contract, lease)
-
-    def _start_gang(self, contract: RunContract, lease: Lease) -> None:
-        try:
-            self.executor.start(contract)
-        except ExecutorError as problem:
-            log.error("start failed", run=contract.run_id, error=problem.message)
-            with self.store.acting(lease) as write:
-                write.event(contract.job_id, contract.attempt, self.clock(), "start-failed", problem.as_dict())
 
     def _end(self, action: EndAttempt, lease: Lease, contract: RunContract, now: float) -> None:
         self.executor.release(contract)
@@ -330,43 +304,6 @@ class Controller:
     def _ran_s(self, action: EndAttempt, now: float) -> float:
         return max(0.0, now - self._created[action.job_id, action.number])
 
-    def _mtbf_s(self, nodes: int, now: float) -> float:
-        """How long a gang of so many nodes has lasted on this yard: how often to save depends on it."""
-        ended = self.store.ended_attempts(now - LOOK_BACK_S)
-        history = [
-            Ran(row.ended_at - row.started_at, len(row.held.shares), Outcome(row.outcome))
-            for row in ended
-            if row.ended_at is not None and row.started_at is not None and row.outcome is not None
-        ]
-        return mean_time_between_failures(history, nodes)
-
-    def _contract(self, action: StartAttempt, row: JobRow, port: int, mtbf_s: float) -> RunContract:
-        job = row.job
-        folder = job_dir(self.settings.root, action.job_id)
-        training = job if isinstance(job, TrainingJob) else None
-        output = training.output_dir if training and training.output_dir else str(folder / "model")
-        return RunContract(
-            run_id=f"{action.job_id}.{action.number}",
-            job_id=action.job_id,
-            attempt=action.number,
-            plan=action.plan,
-            nodes=action.placement.shares,
-            main_port=port,
-            run_dir=str(folder / f"attempt-{action.number}"),
-            output_dir=output,
-            checkpoint_dir=checkpoints_of_job(job.checkpoint.directory, action.job_id, folder),
-            tracker_dir=str(folder / "trackers"),
-            spec=training.train_spec() if training else None,
-            command=job.run if not isinstance(job, TrainingJob) else None,
-            working_dir=job.working_dir if not isinstance(job, TrainingJob) else None,
-            env={name: value for name, value in job.env.items() if isinstance(value, str)} | array_env(job),
-            env_from={name: value.from_env for name, value in job.env.items() if isinstance(value, FromEnvironment)},
-            leash_s=self.settings.leash,
-            hang_s=None if job.retry.hang_after == "auto" else job.retry.hang_after,
-            mtbf_s=mtbf_s,
-            origin=row.origin or Origin(),
-        )
-
 
 def queues_of(store: Store) -> list[Queue]:
     """What was said of queues, as the scheduler wants it."""
@@ -381,8 +318,3 @@ def history_of(store: Store) -> list[JobRan]:
 def _device_of(job: AnyJob, kinds: Iterable[NodeKind]) -> Device:
     """Where a job would run, if it fitted."""
     return "cuda" if any(kind.gpu and kind.takes(job.resources.accelerator) for kind in kinds) else "cpu"
-
-
-def job_dir(root: Path, job_id: str) -> Path:
-    """Where all files of a job lie."""
-    return root / "jobs" / job_id

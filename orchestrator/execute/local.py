@@ -19,7 +19,7 @@ import psutil
 
 from launch.attempt import AttemptFiles, write_atomically
 from launch.contract import RunContract, StopRequest
-from orchestrator.cluster.model import Node, Placement
+from orchestrator.cluster.model import Node
 from orchestrator.cluster.status import AttemptStatus, NodeReport, StandbyReport
 from orchestrator.errors import ExecutorError
 from orchestrator.execute.gpus import local_gpus
@@ -37,11 +37,18 @@ def cpu_slots(cores: int, configured: int | None) -> int:
     return configured or max(cores, MIN_SLOTS)
 
 
+def free_ports(count: int) -> list[int]:
+    """Different TCP ports that nothing on this machine listens on now."""
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
 def free_port() -> int:
     """A TCP port that nothing on this machine listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
 
 
 class LocalExecutor:
@@ -87,29 +94,33 @@ class LocalExecutor:
             ready = sum(map(_is_ready, self._spares))
         return {"local": StandbyReport(count=ready, bytes=sum(map(held_bytes, held)))}
 
-    def free_port(self, placement: Placement) -> int:  # noqa: ARG002 - there is one node
-        return free_port()
+    def free_ports(self, wanted: Mapping[str, int]) -> dict[str, list[int]]:
+        return {node: free_ports(count) for node, count in wanted.items()}
 
-    def start(self, contract: RunContract) -> None:
+    def start(self, contracts: Sequence[RunContract]) -> dict[str, ExecutorError]:
+        failed = {}
+        for contract in contracts:
+            try:
+                self._start(contract)
+            except OSError as problem:
+                failed[contract.run_id] = ExecutorError(
+                    f"the attempt's directory or agent cannot be made: {problem}",
+                    hint="is the disk full, or TUNEYARD_HOME not writable?",
+                )
+        return failed
+
+    def _start(self, contract: RunContract) -> None:
         files = AttemptFiles(contract.run_dir)
         if files.agent(0).exists():
             return
         me = psutil.Process()
         owner = (me.pid, me.create_time()) if self._owned else None
-        try:
-            files.run_dir.mkdir(parents=True, exist_ok=True)
-            request = files.run_dir / "request.json"
-            write_atomically(request, build_request(contract, 0, owner=owner).dumps())
-            self._quiet_until = time.monotonic() + QUIET_S
-            if contract.spec is not None and self._hand_to_spare(request):
-                return
-            agent = _agent(str(request), stdin=subprocess.DEVNULL)
-        except OSError as problem:
-            raise ExecutorError(
-                f"the attempt's directory or agent cannot be made: {problem}",
-                hint="is the disk full, or TUNEYARD_HOME not writable?",
-            ) from problem
-        self._children.append(agent)
+        files.run_dir.mkdir(parents=True, exist_ok=True)
+        request = files.run_dir / "request.json"
+        write_atomically(request, build_request(contract, 0, owner=owner).dumps())
+        self._quiet_until = time.monotonic() + QUIET_S
+        if contract.spec is None or not self._hand_to_spare(request):
+            self._children.append(_agent(str(request), stdin=subprocess.DEVNULL))
 
     def _hand_to_spare(self, request: Path) -> bool:
         """Whether an agent that waits has got the request."""

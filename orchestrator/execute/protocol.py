@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from launch.attempt import AttemptFiles
 from launch.contract import ProgressLine, RankExit, RunContract, StopRequest
-from orchestrator.cluster.model import Node, Placement
+from orchestrator.cluster.model import Node
 from orchestrator.cluster.status import AttemptStatus, NodeReport, Stall, StandbyReport
+from orchestrator.errors import ExecutorError
 
 TAIL_BYTES = 8192
 LINE_BYTES = 1 << 16  # a user's script may write what it likes where progress is expected
@@ -27,14 +28,15 @@ class Executor(Protocol):
     def standbys(self) -> dict[str, StandbyReport]:
         """Node id → its idle standbys, of the nodes that answer."""
 
-    def free_port(self, placement: Placement) -> int:
-        """A port that is free now on the node of rank 0."""
+    def free_ports(self, wanted: Mapping[str, int]) -> dict[str, list[int]]:
+        """Node id → as many different ports as `wanted` of it, that are free there now; of the nodes that answer."""
 
-    def start(self, contract: RunContract) -> None:
-        """Start the gang; a second call for the same run does nothing.
+    def start(self, contracts: Sequence[RunContract]) -> dict[str, ExecutorError]:
+        """Start gangs; nothing is done for a run that was started before. May be called from several threads at once.
 
-        Raises:
-            ExecutorError: it could not be started on every node; what did start is ended by a stop.
+        Returns:
+            Run id → why that gang could not be started on every node; what did start of it is ended by a stop. No gang
+            keeps another from starting.
         """
 
     def poll(self, contracts: Sequence[RunContract], offsets: Mapping[str, int]) -> dict[str, AttemptStatus]:

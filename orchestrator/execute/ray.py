@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RaySystemError
 from ray.util import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launch.contract import RunContract, StopRequest
 from orchestrator.cluster.gpus import gpu_type
-from orchestrator.cluster.model import CORES_LABEL, MEMORY_LABEL, NAME_LABEL, Gpu, Node, Placement
+from orchestrator.cluster.model import CORES_LABEL, MEMORY_LABEL, NAME_LABEL, Gpu, Node
 from orchestrator.cluster.status import AttemptStatus, NodeReport, StandbyReport
 from orchestrator.errors import ExecutorError
 from orchestrator.execute.local import log_path
@@ -22,7 +22,9 @@ from orchestrator.execute.ray_agent import NodeAgent
 
 NAMESPACE = "tuneyard"
 CALL_S = 5.0
+START_S = 4 * CALL_S
 RESERVE_S = 30.0
+SOON_S = 1.0
 NODE_ID_LABEL = "ray.io/node-id"
 GPU_TYPE_LABEL = "ray.io/accelerator-type"
 
@@ -30,11 +32,13 @@ GPU_TYPE_LABEL = "ray.io/accelerator-type"
 class RayExecutor:
     """Node id is Ray's node id; a node takes as many CPU ranks as it has Ray CPUs, and keeps so many `standbys`.
 
+    `agent` is the class of the nodes' agents.
+
     Raises:
         ExecutorError: no Ray cluster answers at `address`.
     """
 
-    def __init__(self, address: str, standbys: int = 0) -> None:
+    def __init__(self, address: str, standbys: int = 0, agent: type[NodeAgent] = NodeAgent) -> None:
         try:
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
         except (ConnectionError, RayError, RuntimeError) as problem:
@@ -43,6 +47,7 @@ class RayExecutor:
             ) from problem
         self._agents: dict[str, Any] = {}
         self._standbys = standbys
+        self._agent_class = agent
 
     def nodes(self) -> list[Node]:
         try:
@@ -52,48 +57,49 @@ class RayExecutor:
         nodes = [_node(entry) for entry in seen if entry["Alive"]]
         alive = {node.id for node in nodes}
         for gone in set(self._agents) - alive:
-            del self._agents[gone]
+            self._agents.pop(gone, None)
         for node in nodes:
             if node.cpu_slots or node.gpus:
                 self._agent(node.id)  # so that it is up before the first gang comes
         return nodes
 
     def standbys(self) -> dict[str, StandbyReport]:
-        asked = {agent.standbys.remote(): node for node, agent in self._agents.items()}
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=CALL_S) if asked else ([], [])
-        found = {}
-        for reference in answered:
-            with contextlib.suppress(RayError):  # its next call tells who died
-                found[asked[reference]] = ray.get(reference)
-        return found
+        asked = {agent.standbys.remote(): node for node, agent in list(self._agents.items())}
+        return {asked[reference]: report for reference, report in self._answers(asked, CALL_S).items()}
 
-    def free_port(self, placement: Placement) -> int:
-        return int(self._call(placement.shares[0].node, "free_port"))
+    def free_ports(self, wanted: Mapping[str, int]) -> dict[str, list[int]]:
+        asked = {self._agent(node).free_ports.remote(count): node for node, count in wanted.items()}
+        return {asked[reference]: ports for reference, ports in self._answers(asked, CALL_S).items()}
 
-    def start(self, contract: RunContract) -> None:
-        self._reserve(contract)
-        text = contract.model_dump_json()
-        try:
-            calls = [self._agent(share.node).start.remote(text, index) for index, share in enumerate(contract.nodes)]
-            ray.get(calls, timeout=CALL_S * 4)
-        except (RayError, OSError) as problem:
-            raise ExecutorError(f"the gang of {contract.run_id} could not be started: {problem}") from problem
+    def start(self, contracts: Sequence[RunContract]) -> dict[str, ExecutorError]:
+        failed: dict[str, ExecutorError] = {}
+        told: dict[Any, tuple[str, list[RunContract]]] = {}
+        for reserved in _reserved(contracts, failed):
+            for node, parts in _by_node(reserved).items():
+                reference = self._agent(node).start.remote([(one.model_dump_json(), index) for one, index in parts])
+                told[reference] = node, [contract for contract, _ in parts]
+        answers = self._answers({reference: node for reference, (node, _) in told.items()}, START_S)
+        for reference, (node, some) in told.items():
+            silent = [f"the agent of node {node} does not answer"] * len(some)
+            for contract, problem in zip(some, answers.get(reference, silent), strict=True):
+                if problem is not None:
+                    what = f"the gang of {contract.run_id} could not be started: {problem}"
+                    failed[contract.run_id] = ExecutorError(what)
+        return failed
 
     def poll(self, contracts: Sequence[RunContract], offsets: Mapping[str, int]) -> dict[str, AttemptStatus]:
-        asked: dict[Any, tuple[RunContract, int]] = {}
-        for contract in contracts:
-            text, offset = contract.model_dump_json(), offsets.get(contract.run_id, 0)
-            for index, share in enumerate(contract.nodes):
-                if share.node in self._agents:
-                    asked[self._agents[share.node].report.remote(text, index, offset)] = (contract, index)
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=CALL_S) if asked else ([], [])
-        known: dict[tuple[str, int], NodeReport] = {}
-        for reference in answered:
-            contract, index = asked[reference]
-            try:
-                known[contract.run_id, index] = ray.get(reference)
-            except RayError:
-                self._agents.pop(contract.nodes[index].node, None)
+        parts = {node: some for node, some in _by_node(contracts).items() if node in self._agents}
+        asked = {
+            self._agents[node].report.remote(
+                [(contract.model_dump_json(), index, offsets.get(contract.run_id, 0)) for contract, index in some]
+            ): node
+            for node, some in parts.items()
+        }
+        known: dict[tuple[str, int], NodeReport] = {
+            (contract.run_id, index): report
+            for reference, reports in self._answers(asked, CALL_S).items()
+            for (contract, index), report in zip(parts[asked[reference]], reports, strict=True)
+        }
         return {
             contract.run_id: AttemptStatus(
                 reports=tuple(
@@ -135,7 +141,7 @@ class RayExecutor:
     def _agent(self, node_id: str) -> Any:
         """The node's agent, made if there is none; made again if it died."""
         if node_id not in self._agents:
-            actor = ray.remote(NodeAgent)
+            actor = ray.remote(self._agent_class)
             self._agents[node_id] = actor.options(
                 name=f"node-agent-{node_id}",
                 namespace=NAMESPACE,
@@ -154,27 +160,77 @@ class RayExecutor:
             self._agents.pop(node_id, None)
             raise ExecutorError(f"the agent of node {node_id} does not answer: {problem}") from problem
 
-    def _reserve(self, contract: RunContract) -> None:
-        """A placement group that holds the gang's slots, so that nobody else on the Ray cluster gets them."""
-        kind = "GPU" if contract.plan.device == "cuda" else "CPU"
+    def _answers(self, asked: Mapping[Any, str], patience: float) -> dict[Any, Any]:
+        """What agents answer within `patience` seconds. `asked` says which node's each answer is; an agent that died
+        is made again when it is needed."""
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=patience) if asked else ([], [])
+        found = {}
+        for reference in answered:
+            try:
+                found[reference] = ray.get(reference)
+            except RayError:
+                self._agents.pop(asked[reference], None)
+        return found
+
+
+def _reserved(contracts: Sequence[RunContract], failed: dict[str, ExecutorError]) -> Iterator[list[RunContract]]:
+    """Reserve the slots of gangs, and yield those that have got theirs, once all have or SOON_S have passed: none waits
+    long for another. Why one gets none goes into `failed`, by run id."""
+    groups = []
+    for contract in contracts:
         try:
-            get_placement_group(contract.run_id)
-            return
-        except ValueError:
-            pass
-        group = placement_group(
+            groups.append((contract, _reserve(contract)))
+        except (RayError, ValueError) as problem:
+            failed[contract.run_id] = ExecutorError(f"Ray reserves nothing for {contract.run_id}: {problem}")
+    # Not before all are asked for: Ray makes groups more slowly while it is asked whether they are ready.
+    asked = {group.ready(): (contract, group) for contract, group in groups}
+    deadline = time.monotonic() + RESERVE_S
+    while asked and (left := deadline - time.monotonic()) > 0:
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=min(left, SOON_S))
+        reserved = []
+        for reference in answered:
+            contract, _ = asked.pop(reference)
+            try:
+                ray.get(reference)
+                reserved.append(contract)
+            except RayError as problem:
+                failed[contract.run_id] = ExecutorError(f"the slots of {contract.run_id} were given away: {problem}")
+        yield reserved
+    for contract, group in asked.values():
+        remove_placement_group(group)
+        failed[contract.run_id] = ExecutorError(
+            f"Ray did not reserve the slots of {contract.run_id} within {RESERVE_S:.0f} s",
+            hint="does something else use this Ray cluster?",
+        )
+
+
+def _reserve(contract: RunContract) -> Any:
+    """The placement group that holds the gang's slots, or will, so that nobody else on the Ray cluster gets them.
+
+    Raises:
+        RayError, ValueError: Ray makes none.
+    """
+    kind = "GPU" if contract.plan.device == "cuda" else "CPU"
+    try:
+        return placement_group(
             [{kind: share.processes} for share in contract.nodes],
             strategy="PACK",
             name=contract.run_id,
             lifetime="detached",
             bundle_label_selector=[{NODE_ID_LABEL: share.node} for share in contract.nodes],
         )
-        if not group.wait(RESERVE_S):
-            remove_placement_group(group)
-            raise ExecutorError(
-                f"Ray did not reserve the slots of {contract.run_id} within {RESERVE_S:.0f} s",
-                hint="does something else use this Ray cluster?",
-            )
+    except RaySystemError:
+        # Its name is taken by the group of a start before: asking first would cost every start a call.
+        return get_placement_group(contract.run_id)
+
+
+def _by_node(contracts: Sequence[RunContract]) -> dict[str, list[tuple[RunContract, int]]]:
+    """The parts of gangs on each node, with the node's index in the contract."""
+    parts: dict[str, list[tuple[RunContract, int]]] = {}
+    for contract in contracts:
+        for index, share in enumerate(contract.nodes):
+            parts.setdefault(share.node, []).append((contract, index))
+    return parts
 
 
 def _unreachable(contract: RunContract, index: int, offset: int) -> NodeReport:

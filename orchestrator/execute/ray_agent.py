@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Sequence
 
 from launch.attempt import AttemptFiles, write_atomically
 from launch.contract import RunContract
 from orchestrator.cluster.status import NodeReport, StandbyReport
-from orchestrator.execute.local import free_port, log_path
+from orchestrator.execute.local import free_ports, log_path
 from orchestrator.execute.member import Member
 from orchestrator.execute.protocol import read_bytes, read_report
 from orchestrator.execute.request import build_request
@@ -37,24 +38,32 @@ class NodeAgent:
         """The agent's pid."""
         return os.getpid()
 
-    def free_port(self) -> int:
-        return free_port()
+    def free_ports(self, count: int) -> list[int]:
+        return free_ports(count)
 
-    def start(self, contract_json: str, node_index: int) -> bool:
-        """Start this node's part of an attempt; False if it was started before. Raises OSError."""
-        contract = RunContract.model_validate_json(contract_json)
+    def start(self, parts: Sequence[tuple[str, int]]) -> list[str | None]:
+        """Start this node's parts of attempts, each a contract as JSON and the node's index in it; nothing is done for
+        one that was started before. Returns of each what went wrong, if anything did."""
+        return [self._start(RunContract.model_validate_json(text), index) for text, index in parts]
+
+    def _start(self, contract: RunContract, node_index: int) -> str | None:
         member = Member(build_request(contract, node_index))
         with self._lock:
-            if contract.run_id in self._members:
-                return False
-            started = member.start(self._standbys)
-            if started:
-                self._members[contract.run_id] = member
-            return started
+            if contract.run_id not in self._members:
+                try:
+                    if member.start(self._standbys):
+                        self._members[contract.run_id] = member
+                except OSError as problem:
+                    return str(problem)
+        return None
 
-    def report(self, contract_json: str, node_index: int, offset: int) -> NodeReport:
-        """What is known of this node's part, with news from byte `offset` of rank 0's progress on."""
-        return read_report(RunContract.model_validate_json(contract_json), node_index, offset, reachable=True)
+    def report(self, parts: Sequence[tuple[str, int, int]]) -> list[NodeReport]:
+        """What is known of this node's parts, each a contract as JSON, the node's index in it, and from which byte of
+        rank 0's progress on there may be news."""
+        return [
+            read_report(RunContract.model_validate_json(text), index, offset, reachable=True)
+            for text, index, offset in parts
+        ]
 
     def standbys(self) -> StandbyReport:
         with self._lock:

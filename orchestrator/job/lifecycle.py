@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
@@ -65,23 +65,26 @@ ATTEMPT_TRANSITIONS: dict[AttemptState, frozenset[AttemptState]] = {
     AttemptState.ENDED: frozenset(),
 }
 
+Story = Callable[[], Sequence[str]]
+"""Tells what happened so far; asked only where a transition is illegal."""
 
-def check_job_transition(job_id: str, old: JobState, new: JobState, story: Sequence[str] = ()) -> None:
+
+def check_job_transition(job_id: str, old: JobState, new: JobState, story: Story = tuple) -> None:
     """Raises IllegalTransitionError, telling the story so far, unless the table allows old → new."""
     if new not in JOB_TRANSITIONS[old]:
         raise _illegal(f"job {job_id}", old, new, story)
 
 
 def check_attempt_transition(
-    job_id: str, attempt: int, old: AttemptState, new: AttemptState, story: Sequence[str] = ()
+    job_id: str, attempt: int, old: AttemptState, new: AttemptState, story: Story = tuple
 ) -> None:
     """Raises IllegalTransitionError, telling the story so far, unless the table allows old → new."""
     if new not in ATTEMPT_TRANSITIONS[old]:
         raise _illegal(f"attempt {attempt} of job {job_id}", old, new, story)
 
 
-def _illegal(who: str, old: str, new: str, story: Sequence[str]) -> IllegalTransitionError:
-    told = "; ".join(story) or "nothing recorded"
+def _illegal(who: str, old: str, new: str, story: Story) -> IllegalTransitionError:
+    told = "; ".join(story()) or "nothing recorded"
     return IllegalTransitionError(f"{who} cannot go from {old} to {new}. So far: {told}", hint="please report this")
 
 

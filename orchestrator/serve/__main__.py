@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import signal
 import sys
 import threading
@@ -53,6 +54,9 @@ def serve(settings: Settings, executor_name: str, address: str) -> None:
             create_app(controller, token), host=settings.host, port=settings.port, log_level="warning", access_log=False
         )
     )
+    # What is loaded by now stays: a tick need not wait while the collector walks through all of it.
+    gc.collect()
+    gc.freeze()
     ended = False
 
     def on_signal(_signum: int, _frame: object) -> None:

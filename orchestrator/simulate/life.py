@@ -116,12 +116,12 @@ class Life:
         self.queued_at = now
 
     def _become(self, state: JobState) -> None:
-        check_job_transition(self.job.job_id, self.state, state, self._story())
+        check_job_transition(self.job.job_id, self.state, state, self._story)
         self.state = state
 
     def _attempt_becomes(self, state: AttemptState) -> None:
         assert self.attempt is not None
-        check_attempt_transition(self.job.job_id, self.attempt.number, self.attempt.state, state, self._story())
+        check_attempt_transition(self.job.job_id, self.attempt.number, self.attempt.state, state, self._story)
         self.attempt.state = state
 
     def _story(self) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -10,7 +12,6 @@ from sqlalchemy.engine import Connection
 
 from launch.contract import ProgressLine, RunContract, StopRequest, dumps
 from orchestrator.cluster.model import Placement
-from orchestrator.errors import ConflictError
 from orchestrator.job.checkpoint import LastCheckpoint, newest
 from orchestrator.job.lifecycle import (
     AttemptState,
@@ -22,6 +23,16 @@ from orchestrator.job.lifecycle import (
 from orchestrator.memory.alike import Peak
 from orchestrator.store import schema
 from orchestrator.store.rows import HistoryRow
+
+
+@dataclass(frozen=True)
+class NewAttempt:
+    """The next attempt of a job, that is to be stored."""
+
+    contract: RunContract
+    placement: Placement
+    predicted: Mapping[str, Any] | None = None
+    """memory.options.Forecast as JSON."""
 
 
 class Transaction:
@@ -36,26 +47,35 @@ class Transaction:
         Raises:
             IllegalTransitionError: the lifecycle's table does not allow it.
         """
+        self.set_jobs({job_id: reason}, state, now, **columns)
+
+    def set_jobs(self, reasons: Mapping[str, Reason], state: JobState, now: float, **columns: Any) -> None:
+        """Move jobs to `state` (or keep them there), each with its reason.
+
+        Raises:
+            IllegalTransitionError: the lifecycle's table does not allow it for one of them.
+        """
         table = schema.jobs
-        old = JobState(
-            self._connection.execute(
-                sa.select(table.c.state).where(table.c.id == job_id).with_for_update()
-            ).scalar_one()
-        )
-        if old != state and state == JobState.QUEUED:
-            columns["queued_at"] = now
-        elif old != state and old == JobState.QUEUED:
-            began = sa.func.coalesce(table.c.queued_at, table.c.submitted_at)
-            columns["waited_s"] = table.c.waited_s + (now - began)
-        if old != state:
-            check_job_transition(job_id, old, state, self._story(job_id))
-            self.event(job_id, None, now, f"job-{state}", {"reason": reason.model_dump(mode="json")})
+        if not reasons:
+            return
+        told = {job_id: reason.model_dump(mode="json") for job_id, reason in reasons.items()}
+        query = sa.select(table.c.id, table.c.state).where(table.c.id.in_(told)).with_for_update()
+        moved = [(job_id, JobState(old)) for job_id, old in self._connection.execute(query) if old != state]
+        for job_id, old in moved:
+            check_job_transition(job_id, old, state, partial(self._story, job_id))
+        kind = f"job-{state}"
+        self._add_events([_event(job_id, None, now, kind, {"reason": told[job_id]}) for job_id, _ in moved])
+        if state == JobState.QUEUED:
+            columns["queued_at"] = sa.case((table.c.state != state, now), else_=table.c.queued_at)
+        else:
+            waits = now - sa.func.coalesce(table.c.queued_at, table.c.submitted_at)
+            waited = sa.case((table.c.state == JobState.QUEUED, table.c.waited_s + waits), else_=table.c.waited_s)
+            columns["waited_s"] = waited
         if state.final:
             columns["finished_at"] = now
         self._connection.execute(
-            table.update()
-            .where(table.c.id == job_id)
-            .values(state=state, reason=reason.model_dump(mode="json"), **columns)
+            table.update().where(table.c.id == sa.bindparam("job")).values(state=state, **columns),
+            [{"job": job_id, "reason": reason} for job_id, reason in told.items()],
         )
 
     def explain(self, job_id: str, reason: Reason) -> None:
@@ -64,39 +84,28 @@ class Transaction:
             schema.jobs.update().where(schema.jobs.c.id == job_id).values(reason=reason.model_dump(mode="json"))
         )
 
-    def note_start(self, job_id: str, now: float) -> None:
-        """The first start of a job is when its max_duration begins."""
-        table = schema.jobs
-        self._connection.execute(
-            table.update().where(table.c.id == job_id, table.c.started_at.is_(None)).values(started_at=now)
-        )
+    def add_attempts(self, attempts: Sequence[NewAttempt], now: float) -> set[str]:
+        """Store new attempts, each of another job. With the first of a job its max_duration begins.
 
-    def add_attempt(
-        self, contract: RunContract, placement: Placement, now: float, predicted: Mapping[str, Any] | None = None
-    ) -> None:
-        """A new attempt, and the job's newest number; `predicted` is a memory.options.Forecast as JSON.
-
-        Raises:
-            ConflictError: the number is not the one that follows the job's newest: another controller was faster.
+        Returns:
+            The jobs whose attempt is stored. The number of any other is not the one that follows its job's newest:
+            another controller was faster.
         """
-        changed = self._connection.execute(
-            schema.jobs.update()
-            .where(schema.jobs.c.id == contract.job_id, schema.jobs.c.attempts == contract.attempt - 1)
-            .values(attempts=contract.attempt, not_before=None)
-        )
-        if changed.rowcount != 1:
-            raise ConflictError(f"attempt {contract.attempt} of job {contract.job_id} is not the next one")
+        table = schema.jobs
+        query = sa.select(table.c.id, table.c.attempts).where(table.c.id.in_([one.contract.job_id for one in attempts]))
+        newest: dict[str, int] = dict(self._connection.execute(query.with_for_update()).all())
+        next_ones = [one for one in attempts if newest.get(one.contract.job_id) == one.contract.attempt - 1]
+        if not next_ones:
+            return set()
         self._connection.execute(
-            schema.attempts.insert().values(
-                job_id=contract.job_id, number=contract.attempt, state=AttemptState.STARTING,
-                contract=contract.model_dump_json(), placement=placement.model_dump_json(),
-                created_at=now, last_contact=now, predicted=None if predicted is None else dict(predicted),
-            )
-        )  # fmt: skip
-        shares = {share.node: share.processes for share in placement.shares}
-        self.event(
-            contract.job_id, contract.attempt, now, "attempt-placed", {"nodes": shares, "plan": dumps(contract.plan)}
+            table.update()
+            .where(table.c.id == sa.bindparam("job"))
+            .values(not_before=None, started_at=sa.func.coalesce(table.c.started_at, now)),
+            [{"job": one.contract.job_id, "attempts": one.contract.attempt} for one in next_ones],
         )
+        self._connection.execute(schema.attempts.insert(), [_attempt(one, now) for one in next_ones])
+        self._add_events([_placed(one, now) for one in next_ones])
+        return {one.contract.job_id for one in next_ones}
 
     def set_attempt(self, job_id: str, number: int, state: AttemptState, now: float, **columns: Any) -> None:
         """Move an attempt to `state`, or keep it there.
@@ -110,7 +119,7 @@ class Transaction:
             self._connection.execute(sa.select(table.c.state).where(mine).with_for_update()).scalar_one()
         )
         if old != state:
-            check_attempt_transition(job_id, number, old, state, self._story(job_id))
+            check_attempt_transition(job_id, number, old, state, partial(self._story, job_id))
             told = {key: columns[key] for key in ("outcome",) if columns.get(key)}
             self.event(job_id, number, now, f"attempt-{state}", told)
         if state.final:
@@ -193,6 +202,10 @@ class Transaction:
         """A memory.sizing.Sizing as JSON, that is better than the one before."""
         self._connection.execute(schema.jobs.update().where(schema.jobs.c.id == job_id).values(sizing=sizing))
 
+    def set_relief(self, job_id: str, relief: Mapping[str, Any]) -> None:
+        """Which rungs of the ladder a job has taken: a memory.ladder.Relief as JSON."""
+        self._connection.execute(schema.jobs.update().where(schema.jobs.c.id == job_id).values(relief=dict(relief)))
+
     def add_peak(self, peak: Peak) -> None:
         """What an attempt needed of memory."""
         self._connection.execute(schema.peaks.insert().values(**dumps(peak)))
@@ -202,9 +215,11 @@ class Transaction:
         self._connection.execute(schema.history.insert().values(**row.model_dump()))
 
     def event(self, job_id: str | None, attempt: int | None, now: float, kind: str, data: dict[str, Any]) -> None:
-        self._connection.execute(
-            schema.events.insert().values(job_id=job_id, attempt=attempt, time=now, kind=kind, data=data)
-        )
+        self._add_events([_event(job_id, attempt, now, kind, data)])
+
+    def _add_events(self, events: Sequence[Mapping[str, Any]]) -> None:
+        if events:
+            self._connection.execute(schema.events.insert(), events)
 
     def _story(self, job_id: str) -> list[str]:
         table = schema.events
@@ -217,3 +232,23 @@ class Transaction:
         return [f"{row.time:.1f} {row.kind}" + (f" (attempt {row.attempt})" if row.attempt else "") for row in rows][
             ::-1
         ]
+
+
+def _event(job_id: str | None, attempt: int | None, now: float, kind: str, data: dict[str, Any]) -> dict[str, Any]:
+    return {"job_id": job_id, "attempt": attempt, "time": now, "kind": kind, "data": data}
+
+
+def _attempt(new: NewAttempt, now: float) -> dict[str, Any]:
+    """The columns of an attempt that has just been decided on."""
+    contract = new.contract
+    return {
+        "job_id": contract.job_id, "number": contract.attempt, "state": AttemptState.STARTING,
+        "contract": contract.model_dump_json(), "placement": new.placement.model_dump_json(),
+        "created_at": now, "last_contact": now, "predicted": None if new.predicted is None else dict(new.predicted),
+    }  # fmt: skip
+
+
+def _placed(new: NewAttempt, now: float) -> dict[str, Any]:
+    contract = new.contract
+    told = {"nodes": {share.node: share.processes for share in contract.nodes}, "plan": dumps(contract.plan)}
+    return _event(contract.job_id, contract.attempt, now, "attempt-placed", told)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from launch.config import TrainSpec
 from launch.contract import Device, RunContract
 from launch.footprint_record import Footprint
 from launch.shape import ModelShape, shape_of_config
-from orchestrator.cluster.model import Node, Placement
+from orchestrator.cluster.model import Node
 from orchestrator.control.loop import Controller
+from orchestrator.errors import ExecutorError
 from orchestrator.job.lifecycle import JobState, ReasonCode
 from orchestrator.job.spec import TrainingJob
 from orchestrator.memory.options import Forecast
@@ -37,11 +38,12 @@ class Scene:
     def poll(self, *_: Any) -> dict[str, Any]:
         return {}
 
-    def free_port(self, _placement: Placement) -> int:
-        return 1
+    def free_ports(self, wanted: Mapping[str, int]) -> dict[str, list[int]]:
+        return {node: list(range(count)) for node, count in wanted.items()}
 
-    def start(self, contract: RunContract) -> None:
-        self.started.append(contract)
+    def start(self, contracts: Sequence[RunContract]) -> dict[str, ExecutorError]:
+        self.started += contracts
+        return {}
 
 
 class Told:

@@ -38,7 +38,7 @@ def test_final_states_are_final() -> None:
 
 def test_an_illegal_transition_tells_the_story_so_far() -> None:
     with pytest.raises(IllegalTransitionError, match=r"first this; then that"):
-        check_attempt_transition("j", 3, AttemptState.ENDED, AttemptState.RUNNING, ["first this", "then that"])
+        check_attempt_transition("j", 3, AttemptState.ENDED, AttemptState.RUNNING, lambda: ["first this", "then that"])
 
 
 def test_every_live_state_can_reach_an_end() -> None:

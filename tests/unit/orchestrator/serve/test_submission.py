@@ -162,7 +162,7 @@ def test_no_sizing_ends_the_controller(
 ) -> None:
     answer = http.post("/v1/jobs", json={"job": JOB, "sizing": EXTREMES[name]})
     assert answer.status_code in (201, 422), answer.text
-    monkeypatch.setattr(controller.executor, "start", lambda _contract: None)
+    monkeypatch.setattr(controller.executor, "start", lambda _contracts: {})
     monkeypatch.setattr(controller.tracer, "ask", lambda *_: "not traced: nothing is, here")
     controller.store.add_job("job-1", check_submission(JOB), 1.0, sizing=EXTREMES[name])
     for _ in range(3):

@@ -10,6 +10,7 @@ from orchestrator.errors import ConflictError, NotFoundError, SpecError
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
 from orchestrator.store.rows import HistoryRow, Mark, NodeMark, QueueRow, QueueUse
 from orchestrator.store.store import Store
+from orchestrator.store.transaction import NewAttempt
 from tests.builders import a_command_job
 from tests.unit.orchestrator.store.test_store import a_start, lease_of
 
@@ -69,7 +70,7 @@ def test_what_the_jobs_of_queues_do_is_counted(store: Store) -> None:
         store.add_job(job_id, a_command_job(2, queue=queue), 1.0)
     with store.acting(lease_of(store)) as write:
         for job_id in ("a-1", "b-1"):
-            write.add_attempt(*a_start(job_id), 2.0)
+            write.add_attempts([NewAttempt(*a_start(job_id))], 2.0)
             write.set_job(job_id, JobState.STARTING, WHY, 2.0)
         write.set_attempt("b-1", 1, AttemptState.ENDED, 3.0)
         write.set_job("b-1", JobState.SUCCEEDED, WHY, 3.0)

@@ -18,7 +18,7 @@ from orchestrator.memory.plan import plan
 from orchestrator.store.jobs import Jobs, NewJob
 from orchestrator.store.rows import HistoryRow, JobRow
 from orchestrator.store.store import Store
-from orchestrator.store.transaction import Transaction
+from orchestrator.store.transaction import NewAttempt, Transaction
 from tests.builders import a_command_job, a_training_job
 from tests.unit.orchestrator.store.test_store import a_start, lease_of
 
@@ -153,9 +153,10 @@ SAVED = ProgressLine(
 WRITES: dict[str, Callable[[Transaction], object]] = {
     "explain": lambda write: write.explain("a-1", WHY),
     "set_sizing": lambda write: write.set_sizing("a-1", "better"),
-    "add_attempt": lambda write: write.add_attempt(*a_start(), 2.0),
-    "note_start": lambda write: write.note_start("a-1", 2.0),
-    "set_job": lambda write: write.set_job("a-1", JobState.STARTING, WHY, 2.0, relief=None),
+    "add_attempts": lambda write: write.add_attempts([NewAttempt(*a_start())], 2.0),
+    "set_jobs": lambda write: write.set_jobs({"a-1": WHY}, JobState.STARTING, 2.0),
+    "set_job": lambda write: write.set_job("a-1", JobState.STARTING, WHY, 2.0, target=None),
+    "set_relief": lambda write: write.set_relief("a-1", {"min_stage": 1}),
     "set_attempt": lambda write: write.set_attempt("a-1", 1, AttemptState.RUNNING, 3.0),
     "set_progress": lambda write: write.set_progress("a-1", 1, SAVED, 10, 3.0),
     "note_checkpoints": lambda write: write.note_checkpoints("a-1", 1, [SAVED], 20, "/c"),

@@ -14,6 +14,7 @@ from orchestrator.memory.plan import plan
 from orchestrator.schedule.place import place
 from orchestrator.store.rows import Lease
 from orchestrator.store.store import Store
+from orchestrator.store.transaction import NewAttempt
 from tests.builders import a_node, a_training_job
 
 WHY = Reason(code=ReasonCode.STARTING, sentence="because")
@@ -93,7 +94,7 @@ def test_what_was_predicted_of_an_attempt_and_what_it_holds_comes_back(store: St
     for name, predicted in (("a-1", FORECAST), ("b-1", None)):
         store.add_job(name, a_training_job(2), now=1.0)
         with store.acting(lease_of(store)) as write:
-            write.add_attempt(*a_start(name), 2.0, predicted)
+            write.add_attempts([NewAttempt(*a_start(name), predicted)], 2.0)
         (attempt,) = store.attempts(name)
         assert attempt.predicted == predicted
         assert attempt.held.host_bytes == 5 << 40

@@ -31,6 +31,7 @@ from orchestrator.schedule.place import place
 from orchestrator.store import migrate, schema
 from orchestrator.store.rows import Lease
 from orchestrator.store.store import Store
+from orchestrator.store.transaction import NewAttempt
 from tests.builders import a_command_job, a_node
 
 WHY = Reason(code=ReasonCode.STARTING, sentence="because")
@@ -125,9 +126,8 @@ def test_an_attempts_life(store: Store) -> None:
     lease = lease_of(store)
     contract, placement = a_start()
     with store.acting(lease) as write:
-        write.add_attempt(contract, placement, 2.0)
+        write.add_attempts([NewAttempt(contract, placement)], 2.0)
         write.set_job("a-1", JobState.STARTING, WHY, 2.0)
-        write.note_start("a-1", 2.0)
     (attempt,) = store.live_attempts()
     assert attempt.run == contract
     assert attempt.held == placement
@@ -135,7 +135,6 @@ def test_an_attempts_life(store: Store) -> None:
         write.set_attempt("a-1", 1, AttemptState.RUNNING, 3.0, started_at=3.0)
         write.set_job("a-1", JobState.RUNNING, WHY, 3.0)
         write.set_progress("a-1", 1, ProgressLine(time=3.5, phase="train", step=7, loss=0.5), 70, 3.5)
-        write.note_start("a-1", 99.0)  # the first start counts
     (attempt,) = store.live_attempts()
     assert attempt.progress is not None
     assert (attempt.progress.step, attempt.progress_offset, attempt.last_contact) == (7, 70, 3.5)
@@ -163,7 +162,7 @@ def test_what_is_told_of_checkpoints_is_stored_once_with_the_newest(store: Store
     store.add_job("a-1", a_command_job(2), now=1.0)
     lease = lease_of(store)
     with store.acting(lease) as write:
-        write.add_attempt(*a_start(), 2.0)
+        write.add_attempts([NewAttempt(*a_start())], 2.0)
     assert store.job("a-1").checkpoint is None
     failed = a_note(3, "failed", code="storage-full", message="the storage is full", hint="free space")
 
@@ -191,18 +190,19 @@ def test_failures_and_time_add_up(store: Store) -> None:
     lease = lease_of(store)
     for number, (begun, ended) in enumerate([(2.0, 5.0), (10.0, 11.5), (20.0, 20.5)], start=1):
         with store.acting(lease) as write:
-            write.add_attempt(*a_start(number=number), begun)
+            write.add_attempts([NewAttempt(*a_start(number=number))], begun)
             write.set_attempt("a-1", number, AttemptState.ENDED, ended, outcome="crashed")
             write.count_attempt("a-1", number, ended, failed=number != 2, processes=number)
     row = store.job("a-1")
     assert (row.failures, row.ran_s, row.served_s) == (2, 5.0, 3.0 * 1 + 1.5 * 2 + 0.5 * 3)
+    assert row.started_at == 2.0  # the first start counts
 
 
 def test_what_is_no_number_is_stored_all_the_same(store: Store) -> None:
     store.add_job("a-1", a_command_job(2), now=1.0)
     line = ProgressLine(time=1.0, phase="train", loss=float("nan"), metrics={"a": float("inf"), "b": 1.0})
     with store.acting(lease_of(store)) as write:
-        write.add_attempt(*a_start(), 2.0)
+        write.add_attempts([NewAttempt(*a_start())], 2.0)
         write.set_progress("a-1", 1, line, 1, 2.0)
     (attempt,) = store.live_attempts()
     assert attempt.progress is not None
@@ -287,12 +287,43 @@ def test_an_attempts_number_is_given_once(store: Store) -> None:
     store.add_job("a-1", a_command_job(2), now=1.0)
     lease = lease_of(store)
     with store.acting(lease) as write:
-        write.add_attempt(*a_start(), 2.0)
-    with pytest.raises(ConflictError), store.acting(lease) as write:
-        write.add_attempt(*a_start(), 2.0)
-    with pytest.raises(ConflictError), store.acting(lease) as write:
-        write.add_attempt(*a_start(number=3), 2.0)
+        write.add_attempts([NewAttempt(*a_start())], 2.0)
+    for number in (1, 3):
+        with store.acting(lease) as write:
+            assert write.add_attempts([NewAttempt(*a_start(number=number))], 2.0) == set()
     assert [attempt.number for attempt in store.attempts("a-1")] == [1]
+
+
+def test_an_attempt_that_exists_keeps_no_other_from_being_stored(store: Store) -> None:
+    for name in ("a-1", "b-1", "c-1"):
+        store.add_job(name, a_command_job(2), now=1.0)
+    lease = lease_of(store)
+    with store.acting(lease) as write:
+        write.add_attempts([NewAttempt(*a_start("b-1"))], 2.0)
+    with store.acting(lease) as write:
+        names = [*store.live_jobs(), "never-submitted"]
+        assert write.add_attempts([NewAttempt(*a_start(name)) for name in names], 3.0) == {"a-1", "c-1"}
+    assert [(one.job_id, one.number, one.created_at) for one in store.live_attempts()] == [
+        ("a-1", 1, 3.0), ("b-1", 1, 2.0), ("c-1", 1, 3.0),
+    ]  # fmt: skip
+    told = [event.kind for name in ("a-1", "b-1", "c-1") for event in store.events(name)]
+    assert told == ["submitted", "attempt-placed"] * 3
+
+
+def test_jobs_move_together_each_for_its_reason(store: Store) -> None:
+    for number, name in enumerate(("a-1", "b-1"), start=1):
+        store.add_job(name, a_command_job(2), now=float(number))
+    reasons = {name: Reason(code=ReasonCode.STARTING, sentence=f"{name} starts") for name in ("a-1", "b-1")}
+    with store.acting(lease_of(store)) as write:
+        write.set_jobs({"a-1": WHY}, JobState.STARTING, 4.0)
+        write.set_jobs(reasons, JobState.STARTING, 9.0, target=None)
+        write.set_jobs({}, JobState.RUNNING, 9.0)
+    rows = [store.job(name) for name in reasons]
+    assert [(row.state, row.reason, row.waited_s) for row in rows] == [
+        (JobState.STARTING, reasons["a-1"], 3.0), (JobState.STARTING, reasons["b-1"], 7.0),
+    ]  # fmt: skip
+    moves = [(event.time, event.data["reason"]["sentence"]) for row in rows for event in store.events(row.id)[1:]]
+    assert moves == [(4.0, "because"), (9.0, "b-1 starts")]
 
 
 def test_an_illegal_transition_writes_nothing(store: Store) -> None:

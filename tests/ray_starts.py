@@ -1,0 +1,73 @@
+"""`python -m tests.ray_starts ADDRESS FOLDER`: gangs on three Ray nodes, one of which is taken and one of which is
+silent. A program of its own, because Ray reads a yard's secret where it is imported. It prints what it saw as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util import placement_group
+
+from launch.contract import NodeShare, RunContract
+from orchestrator.execute import ray as executor_module
+from orchestrator.execute.ray import NAMESPACE, NODE_ID_LABEL, RayExecutor, _reserve
+from orchestrator.memory.plan import plan
+from tests.builders import a_command_job
+from tests.yards import until
+
+PATIENCE_S = 3.0
+
+
+def a_contract(folder: Path, name: str, *nodes: str) -> RunContract:
+    return RunContract(
+        run_id=f"{name}.1", job_id=name, attempt=1, plan=plan(a_command_job(len(nodes)), len(nodes), "cpu"),
+        nodes=tuple(NodeShare(node=node, address="127.0.0.1", processes=1) for node in nodes), main_port=1,
+        run_dir=str(folder / name), output_dir="/o", checkpoint_dir="/c", tracker_dir="/t", command=("true",),
+    )  # fmt: skip
+
+
+def main(address: str, folder: Path) -> dict[str, Any]:
+    executor_module.RESERVE_S = executor_module.START_S = executor_module.CALL_S = PATIENCE_S
+    executor = RayExecutor(address)
+    good, taken, silent = sorted(node.id for node in until(lambda: len(executor.nodes()) == 3 and executor.nodes()))
+    until(lambda: len(executor.free_ports({good: 1, taken: 1, silent: 1})) == 3)
+    slots = ray.cluster_resources()["CPU"] / 3
+    somebody = placement_group([{"CPU": slots}], bundle_label_selector=[{NODE_ID_LABEL: taken}])
+    assert somebody.wait(30)
+    agent = ray.get(ray.get_actor(f"node-agent-{silent}", namespace=NAMESPACE).ping.remote())
+    os.kill(agent, signal.SIGSTOP)
+    try:
+        names = {"fine": [good], "taken": [taken], "silent": [silent], "half": [good, silent], "reserved": [good]}
+        contracts = [a_contract(folder, name, *nodes) for name, nodes in names.items()]
+        _reserve(contracts[-1])  # by a controller that got no further
+        ports = executor.free_ports({good: 50, silent: 1})
+        failed = executor.start(contracts)
+        again = executor.start([contracts[0], contracts[-1]])
+    finally:
+        os.kill(agent, signal.SIGCONT)
+    claimed = until(lambda: [one.run_id for one, status in _statuses(executor, contracts) if status.claimed_everywhere])
+    groups = ray.util.placement_group_table().values()
+    kept = sorted(group["name"] for group in groups if group["name"] and group["state"] == "CREATED")
+    executor.close()
+    return {
+        "ports": {"good": sorted(set(ports.pop(good))), "others": ports},
+        "failed": {run_id: problem.message for run_id, problem in failed.items()},
+        "again": list(again),
+        "claimed": claimed,
+        "kept": kept,
+    }
+
+
+def _statuses(executor: RayExecutor, contracts: list[RunContract]) -> list[tuple[RunContract, Any]]:
+    found = executor.poll(contracts, {})
+    return [(one, found[one.run_id]) for one in contracts]
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]))))
