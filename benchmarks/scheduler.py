@@ -37,6 +37,8 @@ ENDS = 5
 TICK_S = 5.0
 NAMES = 5
 """What jobs of a tenant are called."""
+WARM_UP = 50
+"""Ticks that are not timed, in which a yard that was filled at one stroke comes to rest."""
 PAST_S = 2 * 3600.0
 """Since when gangs run and wait that are there at the beginning."""
 
@@ -129,6 +131,8 @@ def measure(queued: int, nodes: int, ticks: int, replans: int) -> Costs:
     for _ in range(queued - len(world.yard.waiting)):
         world.arrive(world.now - world.draw.uniform(0, PAST_S))
     world.age()
+    for _ in range(WARM_UP):
+        world.tick()
     tick_s = []
     for _ in range(ticks):
         # Choosing who ends and who arrives is the benchmark's own, and is timed with the rest: it is little.

@@ -188,11 +188,14 @@ class Capacity:
 
     def _free_gpus(self, at: int, accelerator: str, need: Need) -> tuple[int, ...]:
         """Indices of the free GPUs of a node that `accelerator` accepts and that are large enough."""
-        free = self._gpus[at]
+        free, gpus = self._gpus[at], self.nodes[at].gpus
+        if not self.ground.mixed >> at & 1:
+            # All alike: whoever asks for the node's slots has been told that it takes these.
+            return tuple(gpu.index for position, gpu in enumerate(gpus) if free >> position & 1)
         anything = accelerator in ("any", "gpu")
         return tuple(
             gpu.index
-            for position, gpu in enumerate(self.nodes[at].gpus)
+            for position, gpu in enumerate(gpus)
             if free >> position & 1
             and (anything or gpu.type.lower() == accelerator.lower())
             and (gpu.memory_bytes is None or gpu.memory_bytes >= need.device_bytes)

@@ -55,6 +55,8 @@ class _Pass:
         """For queues whose first gang waits for others of its queue."""
         self.groups = Counter(yard.groups)
         self.starts: list[Start] = []
+        self.new_ends: list[End] = []
+        """Of those that start now, if their end is known."""
         self.stops: dict[str, Stop] = {}
         self.waits: list[Wait] = []
         self.reach: Reach | None = None
@@ -204,12 +206,17 @@ class _Pass:
         need = option.need if option is not None else UNKNOWN_NEED
         placement = room.placement(where, gang.accelerator, need)
         self.starts.append(Start(gang.job_id, placement, option))
-        self.left = self.soon = None
+        if gang.oracle_s is not None or gang.left_s is not None:
+            end = max(self.now, ends_by(self.yard, gang, self.now))
+            self.new_ends.append((end, self.now, gang.job_id, placement))
+        ranks = placement.world_size
+        self.left = self.left - ranks if self.left is not None else None
+        self.soon = self.soon - ranks if self.soon is not None else None
         self.free.take(placement)
         for other in (self.lasting, self.future):
             if other is not None:
                 other.take(placement)
-        self._count(gang, placement.world_size)
+        self._count(gang, ranks)
         return True
 
     def _count(self, gang: Gang, ranks: int) -> None:
@@ -221,7 +228,7 @@ class _Pass:
     def _settle(self, queue: str, ranks: int) -> None:
         self.settled[queue] += ranks
         if self.reach is not None:
-            self.reach.changed()
+            self.reach.changed(queue)
 
     def _promised(self, gang: Gang, shape: Shape, allowed: int) -> bool:
         """Room that is being made, which nobody else gets."""
@@ -312,11 +319,9 @@ class _Pass:
             ends = [end for end in ends if yard.running[end[2]].gang.queue == queue]
         overdue = bisect_left(ends, now, key=_when)
         ends = sorted(ends[:overdue], key=_since) + ends[overdue:]
-        for start in self.starts:
-            gang = yard.waiting[start.job_id]
-            known = gang.oracle_s is not None or gang.left_s is not None
-            if known and gang.queue == (queue or gang.queue):
-                insort(ends, (max(now, ends_by(yard, gang, now)), now, start.job_id, start.placement), lo=overdue)
+        for end in self.new_ends:
+            if queue is None or yard.waiting[end[2]].queue == queue:
+                insort(ends, end, lo=overdue)
         return ends
 
     def _allowed(self, queue: Queue) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,12 +79,13 @@ class Reach:
         for held in yard.standing.elastic.values():
             if now >= held.since + yard.rules.min_run_for_class_s and (smaller := _smaller(held)):
                 self.shrinkable[held.gang.priority] += held.processes - smaller[-1]
-        self._longer: dict[tuple[int, int], tuple[list[tuple[bool, float]], list[int], dict[str, int]]] = {}
+        self._longer: dict[tuple[int, int], list[tuple[str, int]]] = {}
+        self._shares: dict[str, tuple[bool, float]] = {}
         self._lower: dict[int, int] = {}
         self._cheapest: dict[tuple[tuple[int, int], str], list[tuple[float, str, Held]]] = {}
 
-    def changed(self) -> None:
-        self._longer.clear()
+    def changed(self, queue: str) -> None:
+        self._shares.pop(queue, None)
 
     def shrinks(self, gang: Gang) -> int:
         """At most so many ranks are free when all have shrunk that may for `gang`."""
@@ -106,22 +106,19 @@ class Reach:
         key = gang.priority, level
         if key not in self._longer:
             self._longer[key] = self._of_longer(*key)
-        shares, sums, own = self._longer[key]
-        # Its own queue holds less than it would with the gang, so its share is not among those that are found.
-        return total + own.get(gang.queue, 0) + sums[bisect_left(shares, share_of(mine, wanted))]
+        share, shares = share_of(mine, wanted), self._shares
+        for name, held in self._longer[key]:
+            if name not in shares:
+                shares[name] = share_of(self.yard.queue(name), self.ranks[name])
+            if name == mine.name or share <= shares[name]:
+                total += held
+        return total
 
-    def _of_longer(self, priority: int, level: int) -> tuple[list[tuple[bool, float]], list[int], dict[str, int]]:
-        """Ranks of a class that are in later levels: the shares of queues, in order; of each and all that come after
-        it, the sum; and by queue."""
-        own = {
-            name: sum(held for at, held in levels.items() if at > level)
-            for name, levels in self.standing.for_level.get(priority, {}).items()
-        }
-        shares = sorted((share_of(self.yard.queue(name), self.ranks[name]), held) for name, held in own.items())
-        sums = [0]
-        for _, held in reversed(shares):
-            sums.append(sums[-1] + held)
-        return [share for share, _ in shares], sums[::-1], own
+    def _of_longer(self, priority: int, level: int) -> list[tuple[str, int]]:
+        """Ranks of a class that are in later levels, by queue."""
+        queues = self.standing.for_level.get(priority, {})
+        found = [(name, sum(held for at, held in levels.items() if at > level)) for name, levels in queues.items()]
+        return [(name, held) for name, held in found if held]
 
     def victims(self, gang: Gang, level: int, stopped: Mapping[str, Stop], why_of: dict[str, Why]) -> Iterator[Held]:
         """Gangs that may stop for `gang`, one after the other as long as more is needed; `why_of` gets the reasons.
