@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import heapq
 import json
 import math
 import random
@@ -32,8 +33,6 @@ SIZES = {1: 0.45, 2: 0.15, 4: 0.12, 8: 0.15, 16: 0.06, 32: 0.03, 64: 0.02, 128: 
 GRID = ((1_000, 100), (3_000, 300), (10_000, 1_000), (30_000, 3_000), (100_000, 10_000))
 MAIN = (10_000, 1_000)
 LIMITS = {"decisions_per_s": 1_000.0, "tick_p99_ms": 10.0, "replan_p99_ms": 250.0, "exponent": 1.2}
-ENDS = 5
-"""Gangs that end in a tick, and that arrive."""
 TICK_S = 5.0
 NAMES = 5
 """What jobs of a tenant are called."""
@@ -73,8 +72,11 @@ class World:
         self.yard = Yard(self.nodes, queues=shares)
         for _ in range(2_000):
             tenant = f"t{self.draw.randrange(TENANTS)}"
-            self.yard.history.add(Ran(tenant, self.name(), self.size(), self.draw.lognormvariate(7.0, 2.0)))
+            self.yard.history.add(Ran(tenant, self.name(), self.size(), self.duration_s()))
         self.now, self.sequence = 0.0, 0
+        self.left_s: dict[str, float] = {}
+        """How long each gang truly runs yet, which the scheduler does not know."""
+        self.ends: list[tuple[float, float, str]] = []
         self.sizes = [size for size in SIZES if size <= nodes * GPUS // 4]
         for _ in range(queued):
             self.arrive(self.now - self.draw.uniform(0, PAST_S))
@@ -85,8 +87,12 @@ class World:
     def name(self) -> str:
         return f"job-{self.draw.randrange(NAMES)}"
 
+    def duration_s(self) -> float:
+        return self.draw.lognormvariate(7.0, 2.0)
+
     def arrive(self, at: float) -> None:
         self.sequence += 1
+        self.left_s[f"j{self.sequence}"] = self.duration_s()
         size = min(self.size(), self.sizes[-1])
         tenant = f"t{self.draw.randrange(TENANTS)}"
         priority = self.draw.choices((-100, 0, 100), (0.1, 0.85, 0.05))[0]
@@ -98,27 +104,43 @@ class World:
     def apply(self, decisions: Decisions) -> int:
         for stop in decisions.stops:
             held = self.yard.release(stop.job_id)
+            self.left_s[stop.job_id] -= self.now - held.since
             ran = held.gang.ran_s + self.now - held.since
             self.yard.wait(replace(held.gang, queued_at=self.now, ran_s=ran, evictions=held.gang.evictions + 1))
         for start in decisions.starts:
-            self.yard.hold(Held(self.yard.waiting[start.job_id], start.placement, self.now))
+            self.hold(Held(self.yard.waiting[start.job_id], start.placement, self.now))
         return len(decisions.starts) + len(decisions.stops)
 
+    def hold(self, held: Held) -> None:
+        self.yard.hold(held)
+        job_id = held.gang.job_id
+        heapq.heappush(self.ends, (held.since + self.left_s[job_id], held.since, job_id))
+
     def age(self) -> None:
-        """As if those that run had started at different times."""
+        """As if those that run had started at different times, and not ended since."""
         for held in list(self.yard.running.values()):
-            self.yard.hold(replace(held, since=self.now - self.draw.uniform(0, PAST_S)))
+            since = self.now - self.draw.uniform(0, PAST_S)
+            self.left_s[held.gang.job_id] += self.now - since
+            self.hold(replace(held, since=since))
 
     def tick(self) -> None:
+        """Time passes, gangs end, as many others arrive, and a decision is made."""
         self.now += TICK_S
-        running = list(self.yard.running)
-        for job_id in self.draw.sample(running, min(ENDS, len(running))):
-            held = self.yard.release(job_id)
+        ended = 0
+        while self.ends and self.ends[0][0] <= self.now:
+            _, since, job_id = heapq.heappop(self.ends)
+            held = self.yard.running.get(job_id)
+            if held is None or held.since != since:
+                continue  # it was stopped before
             gang, ran = held.gang, held.gang.ran_s + self.now - held.since
+            self.yard.release(job_id)
+            del self.left_s[job_id]
             self.yard.history.add(Ran(gang.queue, gang.name, gang.min_processes, ran))
-        for _ in range(ENDS):
+            ended += 1
+        for _ in range(ended):
             self.arrive(self.now)
-        self.apply(decide(self.yard, self.now))
+        self.decided = self.apply(decide(self.yard, self.now))
+        self.ended = ended
 
 
 def measure(queued: int, nodes: int, ticks: int, replans: int) -> Costs:

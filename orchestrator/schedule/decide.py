@@ -19,7 +19,7 @@ from orchestrator.schedule.gang import Decisions, Gang, Held, Queue, Reservation
 from orchestrator.schedule.order import Shape
 from orchestrator.schedule.place import least_room, room_for
 from orchestrator.schedule.preempt import Reach, growths, make_room, sizes
-from orchestrator.schedule.quota import allowed, most
+from orchestrator.schedule.quota import MANY, allowed, most
 from orchestrator.schedule.reserve import ends_by, reserve
 from orchestrator.schedule.standing import End
 from orchestrator.schedule.turns import Turn, Turns
@@ -117,7 +117,7 @@ class _Pass:
             self.waits.append(Wait(gang.job_id, explain.array_full(gang.at_once)))
             return True
         queue = self.yard.queue(gang.queue)
-        allowed = self._allowed(queue)
+        allowed = MANY if queue.ceiling is None and not self.yard.keepers else self._allowed(queue)
         around = self.around.get(queue.name)
         outlasts = around is not None and ends_by(self.yard, gang, self.now) > around.at
         if around is not None and outlasts:
@@ -260,6 +260,7 @@ class _Pass:
         for stop in room.stops:
             held = yard.running[stop.job_id]
             self.stops[stop.job_id] = stop
+            self.reach.stopped(held)
             self.future.give(held.placement)
             self._settle(held.gang.queue, -held.processes)
         self.no_promise.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from orchestrator.cluster.model import Option, Placement
 from orchestrator.job.lifecycle import Reason
@@ -75,9 +76,12 @@ class Held:
     target: int | None = None
     """It stops to go on at once, with so many ranks at most."""
     processes: int = field(init=False, compare=False)
+    safe_at: float = field(init=False, compare=False)
+    """Up to when what it has done is held by something."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "processes", self.placement.world_size)
+        object.__setattr__(self, "safe_at", self.saved_at if self.saved_at is not None else self.since)
 
     @property
     def can_stop(self) -> bool:
@@ -86,7 +90,7 @@ class Held:
 
     def lost_s(self, now: float) -> float:
         """Rank-seconds of work that nothing holds yet."""
-        return self.processes * max(0.0, now - (self.saved_at if self.saved_at is not None else self.since))
+        return self.processes * max(0.0, now - self.safe_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +166,7 @@ class Stop:
     """Ranks to go on with at once, at most; None: it waits its turn."""
 
 
-@dataclass(frozen=True, slots=True)
-class Wait:
+class Wait(NamedTuple):
     job_id: str
     reason: Reason
 

@@ -128,11 +128,9 @@ class History:
         names = {self._changes[-1 - back] for back in range(changes)}
         if None not in names and not any(isinstance(name, str) for name in names):
             return [name for name in names if name in kinds]  # type: ignore[misc]
-        return [kind for kind in kinds if self._name(kind) in names]
-
-    def _name(self, kind: Kind) -> str | Kind | None:
-        """Of the table that answers for a kind."""
-        return kind if kind in self._alike else kind[0] if kind[0] in self._queues else None
+        alike, queues = self._alike, self._queues
+        # By the table that answers for the kind.
+        return [kind for kind in kinds if (kind if kind in alike else kind[0] if kind[0] in queues else None) in names]
 
     def expected_s(self, job: Job, ran_s: float) -> float:
         """Seconds per completion, if the job that ran for `ran_s` runs on: Gittins' index, turned over."""
@@ -157,22 +155,12 @@ class History:
         """What a job that ran for `ran_s` has left, with such a probability at most; None where too few were seen."""
         if self._everybody.jobs < FEW:
             return None
-        count, total = self._table(job).smooth
-        at = class_of(ran_s)
-        upper = GRID[at + 1] if at + 1 < len(GRID) else max(2 * ran_s, GRID[-1])
-        # Of its own class, those that took longer than it has already.
-        here = count[at] * (upper - ran_s) / (upper - GRID[at])
-        wanted = quantile * (here + sum(count[at + 1 :]))
-        if wanted <= here:
-            return (upper - ran_s) * (wanted / here if here else 1.0)
-        seen = here
-        for later in range(at + 1, len(GRID)):
-            if seen + count[later] >= wanted and count[later]:
-                start = GRID[later]
-                end = GRID[later + 1] if later + 1 < len(GRID) else 2 * total[later] / count[later] - start
-                return start + (end - start) * (wanted - seen) / count[later] - ran_s
-            seen += count[later]
-        return GRID[-1] - ran_s if ran_s < GRID[-1] else ran_s
+        table = self._table(job)
+        if ran_s:
+            return _left_s(table, ran_s, quantile)
+        if ("left", quantile) not in table.memo:  # that of most who wait
+            table.memo["left", quantile] = _left_s(table, ran_s, quantile)
+        return cast(float, table.memo["left", quantile])
 
     def _table(self, job: Job) -> _Table:
         return self._alike.get(kind_of(job)) or self._queues.get(job.queue) or self._everybody
@@ -216,3 +204,22 @@ def _index(count: list[float], total: list[float]) -> list[float]:
         # Past everything that was seen: as long again as it ran already.
         index.append(best if math.isfinite(best) else max(start, GRID[1]))
     return index
+
+
+def _left_s(table: _Table, ran_s: float, quantile: float) -> float:
+    count, total = table.smooth
+    at = class_of(ran_s)
+    upper = GRID[at + 1] if at + 1 < len(GRID) else max(2 * ran_s, GRID[-1])
+    # Of its own class, those that took longer than it has already.
+    here = count[at] * (upper - ran_s) / (upper - GRID[at])
+    wanted = quantile * (here + sum(count[at + 1 :]))
+    if wanted <= here:
+        return (upper - ran_s) * (wanted / here if here else 1.0)
+    seen = here
+    for later in range(at + 1, len(GRID)):
+        if seen + count[later] >= wanted and count[later]:
+            start = GRID[later]
+            end = GRID[later + 1] if later + 1 < len(GRID) else 2 * total[later] / count[later] - start
+            return start + (end - start) * (wanted - seen) / count[later] - ran_s
+        seen += count[later]
+    return GRID[-1] - ran_s if ran_s < GRID[-1] else ran_s

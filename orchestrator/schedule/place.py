@@ -190,11 +190,10 @@ def _anywhere(capacity: Capacity, mask: int, processes: int, accelerator: str, n
     """Over as few nodes as will do, in the smallest domain that has so much."""
     if capacity.total(mask) < processes:
         return ()
+    free = [(slots, nodes & mask) for slots, nodes in enumerate(capacity.with_free) if slots and nodes & mask]
     for level in capacity.ground.domains:
-        totals = sorted((capacity.total(one & mask), one) for one in level)
-        for total, domain in totals:
-            if total < processes:
-                continue
+        totals = ((sum(slots * (nodes & one).bit_count() for slots, nodes in free), one) for one in level)
+        for _, domain in sorted((total, one) for total, one in totals if total >= processes):
             taken: list[tuple[int, int]] = []
             left = processes
             for nodes in capacity.with_free[:0:-1]:

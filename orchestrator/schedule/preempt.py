@@ -12,6 +12,7 @@ from orchestrator.cluster.model import UNKNOWN_NEED, Need, Placement
 from orchestrator.schedule.gang import Gang, Held, Rules, Stop, Why
 from orchestrator.schedule.order import borrows, share_of
 from orchestrator.schedule.place import least_room, room_after, room_for
+from orchestrator.schedule.standing import Loss
 from orchestrator.schedule.yard import Yard
 
 
@@ -82,10 +83,23 @@ class Reach:
         self._longer: dict[tuple[int, int], list[tuple[str, int]]] = {}
         self._shares: dict[str, tuple[bool, float]] = {}
         self._lower: dict[int, int] = {}
-        self._cheapest: dict[tuple[tuple[int, int], str], list[tuple[float, str, Held]]] = {}
+        self._gone_for_class: Counter[int] = Counter()
+        self._gone_for_level: Counter[tuple[int, int, str]] = Counter()
+        self._ranks = sorted(yard.standing.ranks)
+        self._may_be_owed = any(queue.guaranteed is not None for queue in yard.queues.values())
 
     def changed(self, queue: str) -> None:
         self._shares.pop(queue, None)
+
+    def stopped(self, held: Held) -> None:
+        """It was told to stop in this decision, so that it makes room no more."""
+        gang, level = held.gang, self.yard.level(held.gang.job_id)
+        if self.now >= held.since + self.yard.rules.min_run_for_class_s:
+            self._gone_for_class[gang.priority] += held.processes
+            self._lower.clear()
+        if _long_enough(self.yard.rules, held, Why.SHORTER, self.now):
+            self._gone_for_level[gang.priority, level, gang.queue] += held.processes
+            self._longer.clear()
 
     def shrinks(self, gang: Gang) -> int:
         """At most so many ranks are free when all have shrunk that may for `gang`."""
@@ -93,14 +107,15 @@ class Reach:
 
     def stops(self, gang: Gang, level: int) -> int:
         """The same, when all have stopped: see may_stop."""
-        for_class = self.standing.for_class
+        for_class, gone = self.standing.for_class, self._gone_for_class
         if gang.priority not in self._lower:
-            self._lower[gang.priority] = sum(held for priority, held in for_class.items() if priority < gang.priority)
+            lower = [priority for priority in for_class if priority < gang.priority]
+            self._lower[gang.priority] = sum(for_class[priority] - gone[priority] for priority in lower)
         total = self._lower[gang.priority]
         mine = self.yard.queue(gang.queue)
         wanted = self.ranks[mine.name] + gang.min_processes
         if mine.guaranteed is not None and wanted <= mine.guaranteed:
-            return total + for_class[gang.priority]
+            return total + for_class[gang.priority] - gone[gang.priority]
         if self.now < gang.queued_at + self.yard.rules.patience_s:
             return total
         key = gang.priority, level
@@ -116,9 +131,12 @@ class Reach:
 
     def _of_longer(self, priority: int, level: int) -> list[tuple[str, int]]:
         """Ranks of a class that are in later levels, by queue."""
-        queues = self.standing.for_level.get(priority, {})
-        found = [(name, sum(held for at, held in levels.items() if at > level)) for name, levels in queues.items()]
-        return [(name, held) for name, held in found if held]
+        found = []
+        for name, levels in self.standing.for_level.get(priority, {}).items():
+            held = sum(ranks - self._gone_for_level[priority, at, name] for at, ranks in levels.items() if at > level)
+            if held:
+                found.append((name, held))
+        return found
 
     def victims(self, gang: Gang, level: int, stopped: Mapping[str, Stop], why_of: dict[str, Why]) -> Iterator[Held]:
         """Gangs that may stop for `gang`, one after the other as long as more is needed; `why_of` gets the reasons.
@@ -126,18 +144,21 @@ class Reach:
         The lowest class goes first, then what has the most work ahead, then what loses the least since it last saved.
         """
         yard, gone = self.yard, Counter[str]()
-        for rank in sorted(self.standing.ranks):
+        for rank in self._ranks:
             if rank[0] > gang.priority or (rank[0] == gang.priority and -rank[1] <= level and not yard.queues):
                 return
-            whys = {
-                name: why
-                for name in self.standing.ranks[rank]
-                if (why := _why(yard, gang, level, rank, name, self.ranks, self.now)) is not None
-            }
-            for _, job_id, held in heapq.merge(*(self._in_order(rank, name) for name in whys)):
+            lower, whys = rank[0] < gang.priority, dict[str, Why | None]()
+            ripe = [
+                self._losses(processes, alike)
+                for (for_class, for_level, processes), alike in self.standing.ranks[rank].items()
+                if (for_class if lower else for_level or (for_class and self._may_be_owed))
+            ]
+            for _, job_id, held in heapq.merge(*ripe):
                 name = held.gang.queue
+                if name not in whys:
+                    whys[name] = _why(yard, gang, level, rank, name, self.ranks, self.now)
                 why = whys[name]
-                if job_id in stopped or not _long_enough(yard.rules, held, why, self.now):
+                if why is None or job_id in stopped or not _long_enough(yard.rules, held, why, self.now):
                     continue
                 if why is Why.QUOTA and not borrows(yard.queue(name), self.ranks[name] - gone[name]):
                     continue  # with those before it gone, its queue holds no more than is its own
@@ -145,13 +166,10 @@ class Reach:
                 why_of[job_id] = why
                 yield held
 
-    def _in_order(self, rank: tuple[int, int], queue: str) -> list[tuple[float, str, Held]]:
-        """Those of a rank and a queue, the cheapest first."""
-        key = rank, queue
-        if key not in self._cheapest:
-            alike = self.standing.ranks[rank][queue].items()
-            self._cheapest[key] = sorted((held.lost_s(self.now), job_id, held) for job_id, held in alike)
-        return self._cheapest[key]
+    def _losses(self, processes: int, alike: Sequence[Loss]) -> Iterator[tuple[float, str, Held]]:
+        """Gangs of one size with what each would lose (Held.lost_s), the least first."""
+        now = self.now
+        return ((processes * (now + safe), job_id, held) for safe, job_id, held in alike)
 
 
 def make_room(

@@ -14,6 +14,10 @@ from orchestrator.schedule.history import GRID, History, class_at
 
 End = tuple[float, float, str, Placement]
 """When a gang is expected to leave its slots, when it took them, its job, and the slots."""
+Ripe = tuple[bool, bool, int]
+"""Whether gangs ran long enough to stop for a higher class or a guarantee, and for less work; and how many ranks."""
+Loss = tuple[float, str, Held]
+"""A gang, by since when nothing holds what it has done, turned round."""
 
 
 @dataclass(slots=True)
@@ -29,8 +33,9 @@ class Standing:
     """Kept in step with the gangs that run by small changes, and with the clock by `refresh`."""
 
     def __init__(self, rules: Rules, history: History) -> None:
-        self.ranks: dict[tuple[int, int], dict[str, dict[str, Held]]] = {}
-        """Gangs that can be told to stop, by class and by level turned round, then by queue: the first go first."""
+        self.ranks: dict[tuple[int, int], dict[Ripe, list[Loss]]] = {}
+        """Gangs that may be told to stop, by class and by level turned round: the first go first. In each by size, in
+        the order of what they would lose: of one size that is the same at any time."""
         self.elastic: dict[str, Held] = {}
         """Those of them that could run with another number of ranks."""
         self.for_class: Counter[int] = Counter()
@@ -50,8 +55,6 @@ class Standing:
         gang = held.gang
         known = self._known[gang.job_id] = _Known(held, level)
         if held.can_stop:
-            queues = self.ranks.setdefault((gang.priority, -level), {})
-            queues.setdefault(gang.queue, {})[gang.job_id] = held
             if gang.elastic:
                 self.elastic[gang.job_id] = held
             self._ripen(known, now)
@@ -64,13 +67,6 @@ class Standing:
             return
         held = known.held
         if held.can_stop:
-            rank = held.gang.priority, -known.level
-            queues = self.ranks[rank]
-            del queues[held.gang.queue][job_id]
-            if not queues[held.gang.queue]:
-                del queues[held.gang.queue]
-                if not queues:
-                    del self.ranks[rank]
             self.elastic.pop(job_id, None)
             self._unripen(known)
         if known.end is not None:
@@ -93,17 +89,29 @@ class Standing:
         known.for_level = now >= at_level and gang.evictions < rules.max_evictions
         if known.for_class:
             self.for_class[gang.priority] += held.processes
+        if known.for_class or known.for_level:
+            ripe = known.for_class, known.for_level, held.processes
+            alike = self.ranks.setdefault((gang.priority, -known.level), {}).setdefault(ripe, [])
+            insort(alike, (-held.safe_at, gang.job_id, held))
         if known.for_level:
             levels = self.for_level.setdefault(gang.priority, {}).setdefault(gang.queue, Counter())
             levels[known.level] += held.processes
         self.ripens.set(gang.job_id, min((at for at in (at_class, at_level) if at > now), default=math.inf))
 
     def _unripen(self, known: _Known) -> None:
-        gang, processes = known.held.gang, known.held.processes
+        gang, held = known.held.gang, known.held
         if known.for_class:
-            self.for_class[gang.priority] -= processes
+            self.for_class[gang.priority] -= held.processes
         if known.for_level:
-            self.for_level[gang.priority][gang.queue][known.level] -= processes
+            self.for_level[gang.priority][gang.queue][known.level] -= held.processes
+        if known.for_class or known.for_level:
+            rank, ripe = (gang.priority, -known.level), (known.for_class, known.for_level, held.processes)
+            alike = self.ranks[rank][ripe]
+            del alike[bisect_left(alike, (-held.safe_at, gang.job_id))]
+            if not alike:
+                del self.ranks[rank][ripe]
+                if not self.ranks[rank]:
+                    del self.ranks[rank]
 
     def _expect(self, known: _Known, now: float) -> None:
         """By the class of its run time, so that it is the same at any time."""

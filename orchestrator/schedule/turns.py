@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from orchestrator.schedule.gang import Gang
 from orchestrator.schedule.order import AT_ONCE, Entry, Shape, share_of
 from orchestrator.schedule.yard import Yard
 
+_Head = tuple[Entry, int, Shape]
+"""The best of its line, and where in it. No two entries are equal, so shapes, which have no order, are not compared."""
 _Order = tuple[bool, tuple[bool, float], str]
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """A gang that is looked at."""
 
     gang: Gang
@@ -57,7 +58,7 @@ class Turns:
         _, at, shape = line[0]
         entries = self._queues[name][shape]
         if on and at + 1 < len(entries):
-            heapq.heapreplace(line, _Head((entries[at + 1], at + 1, shape)))
+            heapq.heapreplace(line, (entries[at + 1], at + 1, shape))
         else:
             heapq.heappop(line)
         self._own -= not share[0]
@@ -73,16 +74,7 @@ class Turns:
         return entry[0] != AT_ONCE, share_of(self._yard.queue(name), self._held[name], shape[0]), name
 
 
-class _Head(tuple[Entry, int, Shape]):
-    """The best of its line, and where in it; compared by the entry alone: shapes have no order."""
-
-    __slots__ = ()
-
-    def __lt__(self, other: object) -> bool:
-        return bool(self[0] < other[0])  # type: ignore[index]
-
-
 def _heads(shapes: Mapping[Shape, list[Entry]]) -> list[_Head]:
-    heads = [_Head((entries[0], 0, shape)) for shape, entries in shapes.items()]
+    heads = [(entries[0], 0, shape) for shape, entries in shapes.items()]
     heapq.heapify(heads)
     return heads
