@@ -44,7 +44,7 @@ class Progress:
         self.follow(line)
 
     def phase(self, phase: str, step: int = 0, steps: int | None = None, samples: int = 0) -> None:
-        self.pulse.enter("first-step" if phase == "ready" else phase, step)
+        self.pulse.enter({"ready": "first-step", "train": "step"}.get(phase, phase), step)
         self.write(ProgressLine(time=time.time(), phase=phase, step=step, steps=steps, samples=samples))
 
     def start_training(self, step: int, samples: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 
 from launch.contract import NodeShare
@@ -149,6 +150,14 @@ class Capacity:
     def taking(self, device: str, accelerator: str) -> int:
         """Nodes of a device to which ranks for `accelerator` may go."""
         return self.ground.taking(device, accelerator) & ~self.shut
+
+    @contextmanager
+    def without(self, nodes: Iterable[str]) -> Iterator[None]:
+        """Meanwhile nothing goes to these nodes, by their ids."""
+        before, index = self.shut, self.ground.index
+        self.shut |= _mask(index[node] for node in nodes if node in index)
+        yield
+        self.shut = before
 
     def free(self, node: Node, accelerator: str = "any", need: Need = UNKNOWN_NEED) -> int:
         """Ranks that `node` can still take for `accelerator`, cordoned or not."""

@@ -120,6 +120,8 @@ class EndAttempt:
     reason: Reason
     failed: bool = False
     """Whether it uses up one of the job's restarts."""
+    progressed: bool = False
+    """Whether it has saved something new, so that the restarts before it count no more."""
     not_before: float | None = None
     error: dict[str, Any] | None = None
     result: dict[str, Any] | None = None
@@ -127,6 +129,8 @@ class EndAttempt:
     """To store with it, so that the next attempt is planned within it."""
     target: int | None = None
     """With how many processes at most the next attempt is to start, at once."""
+    avoid: tuple[str, ...] = ()
+    """Nodes, by id, that the next attempt is to keep away from."""
     peak: Peak | None = None
     notes: tuple[Note, ...] = ()
 

@@ -15,6 +15,7 @@ from orchestrator.job.lifecycle import AttemptState
 from orchestrator.memory.options import Factors, kinds_of
 from orchestrator.schedule.gang import Gang, Held, Queue, Rules
 from orchestrator.schedule.history import Ran
+from orchestrator.schedule.place import least_room
 from orchestrator.schedule.yard import Yard
 from orchestrator.store.rows import AttemptRow, JobRow, Mark
 
@@ -95,11 +96,18 @@ class Board:
     def _gang(self, job: JobRow) -> Gang:
         known = self._gangs.get(job.id)
         if known is None or known[0] is not job:
-            gang = gang_of(job, self._kinds, self._factors)
+            gang = self._where_possible(gang_of(job, self._kinds, self._factors))
             if known is not None and known[1] == gang:
                 gang = known[1]
             known = self._gangs[job.id] = (job, gang)
         return known[1]
+
+    def _where_possible(self, gang: Gang) -> Gang:
+        """A gang that keeps away from nodes only as long as the others could hold it."""
+        if not gang.avoid:
+            return gang
+        away = least_room(self.yard.idle, gang, gang.most, consolidate=self.yard.rules.consolidate)
+        return gang if away is not None else replace(gang, avoid=())
 
 
 def held_of(attempt: AttemptRow, job: JobRow, gang: Gang) -> Held:

@@ -265,7 +265,8 @@ class Controller:
         with self.store.acting(lease) as write:
             write.set_attempt(action.job_id, action.number, AttemptState.ENDED, now, outcome=action.outcome.value)
             processes = contract.plan.world_size
-            write.count_attempt(action.job_id, action.number, now, failed=action.failed, processes=processes)
+            counts = {"failed": action.failed, "progressed": action.progressed}
+            write.count_attempt(action.job_id, action.number, now, processes=processes, **counts)
             if action.error is not None:
                 write.event(action.job_id, action.number, now, "attempt-error", action.error)
             for note in action.notes:
@@ -282,6 +283,7 @@ class Controller:
                 error=action.error if action.job_state in (JobState.FAILED, JobState.PAUSED) else None,
                 result=action.result,
                 target=action.target,
+                avoid=action.avoid or None,
                 **relief,
             )
             if action.job_state.final:

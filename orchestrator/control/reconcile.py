@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from launch.attempt import HUNG
+from launch.checkpoint.manifest import CheckpointId
 from launch.contract import ExitCode, StopRequest
 from orchestrator.cluster.status import AttemptStatus
 from orchestrator.control.actions import (
@@ -28,7 +29,7 @@ from orchestrator.control.hangs import STACKS_S, cause, hanging, judged, slow_ra
 from orchestrator.control.result import job_error, job_result, metrics_sentence
 from orchestrator.control.stops import PAUSE, PAUSING, paused, planned, stopped, stopping
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
-from orchestrator.recover.classify import RETRIED, Outcome, Verdict, back_off, judge, may_retry
+from orchestrator.recover.classify import ELSEWHERE, RETRIED, Outcome, Verdict, back_off, judge, may_retry
 from orchestrator.store.rows import AttemptRow, JobRow
 
 PROGRESS_S = 1.0  # at most one stored sign of life an attempt in so long
@@ -136,7 +137,8 @@ def _end(
     """The end of an attempt of which nothing lives, and what is remembered of it."""
     exits = status.exits if status else []
     peak = peak_of(job, attempt, verdict, exits, device_kind(facts.nodes, attempt.held), now)
-    return replace(_goes_on(job, attempt, verdict, status, now), peak=peak)
+    end = _goes_on(job, attempt, verdict, status, now)
+    return replace(end, peak=peak, progressed=progressed(job, attempt))
 
 
 def _goes_on(
@@ -172,14 +174,31 @@ def _goes_on(
         # Nobody asked for another start, so none is used up, and it is not too late for one.
         return EndAttempt(*key, outcome, JobState.PAUSED, paused(job, error["message"]), error=error)
     counts = not planned(attempt)
-    failures = job.failures + counts
+    failures = counts + (0 if progressed(job, attempt) else job.failures)
     if may_retry(outcome, failures, job.job.retry.max_restarts):
-        wait = back_off(failures)
+        wait, avoid = back_off(failures), failed_on(attempt, verdict)
+        where = ", on other nodes if they will do" if avoid else ""
         reason = Reason(
             code=ReasonCode.BACKING_OFF,
-            sentence=f"attempt {attempt.number} ended: {error['message']}; the next starts in {wait:.0f} s",
+            sentence=f"attempt {attempt.number} ended: {error['message']}; the next starts in {wait:.0f} s{where}",
             remedy=f"restarts left: {job.job.retry.max_restarts - failures + 1}",
         )
-        return EndAttempt(*key, outcome, JobState.QUEUED, reason, failed=counts, not_before=now + wait, error=error)
+        return EndAttempt(
+            *key, outcome, JobState.QUEUED, reason, failed=counts, not_before=now + wait, error=error, avoid=avoid
+        )
     reason = Reason(code=ReasonCode.FAILED, sentence=error["message"], remedy=error.get("hint"))
     return EndAttempt(*key, outcome, JobState.FAILED, reason, failed=counts, error=error)
+
+
+def progressed(job: JobRow, attempt: AttemptRow) -> bool:
+    """Whether the job's newest checkpoint is of this attempt: a job that gets on may fail as often as it likes."""
+    saved = CheckpointId.parse(job.checkpoint.id) if job.checkpoint is not None else None
+    return saved is not None and saved.attempt == attempt.number
+
+
+def failed_on(attempt: AttemptRow, verdict: Verdict) -> tuple[str, ...]:
+    """The node that the next attempt is to keep away from, if the cause may lie in it."""
+    if verdict.first is None or verdict.outcome not in ELSEWHERE or planned(attempt):
+        return ()
+    nodes = attempt.run.nodes
+    return tuple(nodes[index].node for index in range(len(nodes)) if verdict.first.rank in attempt.run.ranks_of(index))

@@ -56,6 +56,7 @@ def gang_of(row: JobRow, kinds: tuple[NodeKind, ...] | None, factors: Factors) -
         target=row.target,
         group=row.array_id,
         at_once=row.array_at_once,
+        avoid=row.avoid or (),
     )
 
 

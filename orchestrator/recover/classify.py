@@ -41,6 +41,10 @@ RETRIED: dict[Outcome, bool] = {
     Outcome.HUNG: True,
 }
 
+ELSEWHERE = frozenset({Outcome.KILLED, Outcome.HUNG})
+"""Causes after which the job keeps away from the node of the rank that failed first, where other nodes will do. A node
+that was lost is not there to be taken."""
+
 OUTCOMES: dict[ExitCode, Outcome] = {
     ExitCode.DONE: Outcome.SUCCEEDED,
     ExitCode.CRASH: Outcome.CRASHED,

@@ -49,6 +49,8 @@ class Gang:
     """Its array."""
     at_once: int | None = None
     """How many of the group may run."""
+    avoid: tuple[str, ...] = ()
+    """Nodes, by id, that it keeps away from: its last attempt failed on them."""
     oracle_s: float | None = None
     """Its true run time, where a simulation lets the scheduler know it."""
 

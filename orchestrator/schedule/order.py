@@ -11,7 +11,7 @@ from orchestrator.schedule.gang import Gang, Queue, Rules
 from orchestrator.schedule.history import GRID, History, class_of
 
 Shape = tuple[int, int, str, object]
-"""Gangs of one shape fit where the others do: bounds, accelerator, and what each way to run needs."""
+"""Gangs of one shape fit where the others do: bounds, accelerator, what each way to run needs, and what to avoid."""
 Entry = tuple[int, int, str]
 """A gang in its line: level, order of submission, job id."""
 AT_ONCE = -1
@@ -22,7 +22,7 @@ def shape_of(gang: Gang) -> Shape:
     ways = None
     if gang.options is not None:
         ways = tuple((option.processes, option.device, option.need) for option in gang.options)
-    return gang.min_processes, gang.most, gang.accelerator, ways
+    return gang.min_processes, gang.most, gang.accelerator, (ways, gang.avoid) if gang.avoid else ways
 
 
 def level_of(gang: Gang, ran_s: float, waited_s: float, history: History, rules: Rules) -> int:

@@ -69,40 +69,18 @@ def room_for(
     capacity: Capacity, gang: Gang, most: int, *, consolidate: bool = False
 ) -> tuple[Fit, Option | None] | None:
     """Where a gang of at most `most` ranks goes in the best way for which there is room; None if in none."""
-    least, most = gang.min_processes, min(most, gang.most)
-    if gang.options is None:
-        if most > least:
-            most = max(least, min(most, largest_gang(capacity, gang.accelerator)))
-        while most >= least:
-            where = fit(capacity, most, gang.accelerator, consolidate=consolidate)
-            if where:
-                return where, None
-            # Elsewhere than on whole nodes, the largest gang that is free always fits.
-            most = most - 1 if consolidate or most == least else least
-        return None
-    for option in gang.options:
-        if option.processes <= most:
-            where = fit(
-                capacity, option.processes, gang.accelerator, option.need, (option.device,), consolidate=consolidate
-            )
-            if where:
-                return where, option
-    return None
+    if not gang.avoid:
+        return _room_for(capacity, gang, most, consolidate=consolidate)
+    with capacity.without(gang.avoid):
+        return _room_for(capacity, gang, most, consolidate=consolidate)
 
 
 def least_room(capacity: Capacity, gang: Gang, most: int, *, consolidate: bool = False) -> tuple[Fit, Need] | None:
     """Where a gang goes that would start with the fewest ranks, and what each of them needs; None for nowhere."""
-    if gang.options is None:
-        where = fit(capacity, gang.min_processes, gang.accelerator, consolidate=consolidate)
-        return (where, UNKNOWN_NEED) if where else None
-    for option in sorted(gang.options, key=lambda option: option.processes):
-        if option.processes <= min(most, gang.most):
-            where = fit(
-                capacity, option.processes, gang.accelerator, option.need, (option.device,), consolidate=consolidate
-            )
-            if where:
-                return where, option.need
-    return None
+    if not gang.avoid:
+        return _least_room(capacity, gang, most, consolidate=consolidate)
+    with capacity.without(gang.avoid):
+        return _least_room(capacity, gang, most, consolidate=consolidate)
 
 
 def room_after(
@@ -130,6 +108,42 @@ def room_after(
         found = least_room(capacity, gang, most, consolidate=consolidate)
         if found is not None:
             return count, *found
+    return None
+
+
+def _room_for(capacity: Capacity, gang: Gang, most: int, *, consolidate: bool) -> tuple[Fit, Option | None] | None:
+    least, most = gang.min_processes, min(most, gang.most)
+    if gang.options is None:
+        if most > least:
+            most = max(least, min(most, largest_gang(capacity, gang.accelerator)))
+        while most >= least:
+            where = fit(capacity, most, gang.accelerator, consolidate=consolidate)
+            if where:
+                return where, None
+            # Elsewhere than on whole nodes, the largest gang that is free always fits.
+            most = most - 1 if consolidate or most == least else least
+        return None
+    for option in gang.options:
+        if option.processes <= most:
+            where = fit(
+                capacity, option.processes, gang.accelerator, option.need, (option.device,), consolidate=consolidate
+            )
+            if where:
+                return where, option
+    return None
+
+
+def _least_room(capacity: Capacity, gang: Gang, most: int, *, consolidate: bool) -> tuple[Fit, Need] | None:
+    if gang.options is None:
+        where = fit(capacity, gang.min_processes, gang.accelerator, consolidate=consolidate)
+        return (where, UNKNOWN_NEED) if where else None
+    for option in sorted(gang.options, key=lambda option: option.processes):
+        if option.processes <= min(most, gang.most):
+            where = fit(
+                capacity, option.processes, gang.accelerator, option.need, (option.device,), consolidate=consolidate
+            )
+            if where:
+                return where, option.need
     return None
 
 

@@ -54,6 +54,8 @@ class JobRow(Row):
     """Of the waits before that."""
     target: int | None = None
     """It was stopped to go on at once, with so many processes at most."""
+    avoid: tuple[str, ...] | None = None
+    """Nodes, by id, that its next attempt keeps away from, where others will do."""
     array_id: str | None = None
     array_at_once: int | None = None
     version: int = 0

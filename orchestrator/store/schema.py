@@ -63,6 +63,7 @@ jobs = Table(
     Column("queued_at", Float, nullable=True),  # when its present wait began
     Column("waited_s", Float, nullable=False, server_default="0"),  # of the waits before
     Column("target", Integer, nullable=True),  # stopped to go on at once with so many processes at most
+    Column("avoid", JSON, nullable=True),  # nodes, by id, on which its last attempt failed
     Column("array_id", String(80), nullable=True),  # the same for all elements of an array
     Column("array_at_once", Integer, nullable=True),  # how many of them may run at the same time
     # Every UPDATE of a row raises it, so that who has read the row once knows whether it has to be read again.

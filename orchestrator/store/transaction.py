@@ -126,8 +126,11 @@ class Transaction:
             columns["ended_at"] = now
         self._connection.execute(table.update().where(mine).values(state=state, **columns))
 
-    def count_attempt(self, job_id: str, number: int, now: float, *, failed: bool, processes: int) -> None:
-        """Count an attempt of so many processes that ends: its time, and whether it uses up one of the restarts."""
+    def count_attempt(
+        self, job_id: str, number: int, now: float, *, failed: bool, processes: int, progressed: bool = False
+    ) -> None:
+        """Count an attempt of so many processes that ends: its time, and whether it uses up one of the restarts. If it
+        `progressed`, failures before it count no more."""
         jobs, attempts = schema.jobs, schema.attempts
         mine = (attempts.c.job_id == job_id) & (attempts.c.number == number)
         created = self._connection.execute(sa.select(attempts.c.created_at).where(mine)).scalar_one()
@@ -138,7 +141,7 @@ class Transaction:
             .values(
                 ran_s=jobs.c.ran_s + ran,
                 served_s=jobs.c.served_s + ran * processes,
-                failures=jobs.c.failures + int(failed),
+                failures=int(failed) if progressed else jobs.c.failures + int(failed),
             )
         )
 

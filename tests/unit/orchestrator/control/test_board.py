@@ -276,6 +276,13 @@ def test_a_board_that_is_kept_shows_what_a_new_one_shows(data: st.DataObject) ->
             world.starts(yard)
 
 
+def test_a_gang_keeps_away_from_nodes_as_long_as_others_will_do() -> None:
+    row = a_row(1, "command").model_copy(update={"avoid": (NODES[0].id,)})
+    for nodes, avoid in ((NODES, (NODES[0].id,)), (NODES[:1], ())):
+        yard = Board(RULES).sync([row], [], nodes, marks={}, queues=(), factors=())
+        assert yard.waiting[row.id].avoid == avoid
+
+
 def test_a_row_that_has_not_changed_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tick costs what has changed, whatever waits and runs."""
     asked: list[str] = []

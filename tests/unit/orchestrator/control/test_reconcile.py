@@ -48,7 +48,7 @@ from orchestrator.job.spec import dump_job
 from orchestrator.memory.alike import key_of
 from orchestrator.memory.ladder import Relief, Rung, Taken
 from orchestrator.memory.plan import plan
-from orchestrator.recover.classify import Outcome
+from orchestrator.recover.classify import Outcome, back_off
 from orchestrator.schedule.place import place
 from orchestrator.store.rows import AttemptRow, JobRow
 from tests.builders import a_command_job, a_node, a_training_job, an_exit, looked
@@ -309,6 +309,36 @@ def test_a_rank_that_crashes_while_its_gang_pauses_ends_the_others_soon() -> Non
     gone.append(a_report(1, ended=True, exits=(an_exit(4, ExitCode.KILLED), an_exit(5, ExitCode.KILLED))))
     (end,) = actions_for(job, attempt, *gone, nodes=(NODE, OTHER))
     assert end.job_state == JobState.PAUSED
+
+
+def test_a_job_that_gets_on_may_fail_as_often_as_it_likes() -> None:
+    job = running(failures=3, job=a_command_job(2, retry={"max_restarts": 3}))
+    assert end_of(job, KILLED, None).job_state == JobState.FAILED
+    saved = LastCheckpoint(id="step-40.attempt-1", step=40, time=NOW, url="/c")
+    again = end_of(job.model_copy(update={"checkpoint": saved}), KILLED, None)
+    assert (again.job_state, again.failed, again.progressed) == (JobState.QUEUED, True, True)
+    assert again.not_before == NOW + back_off(1)
+    assert again.reason.remedy == "restarts left: 3"
+    older = saved.model_copy(update={"id": "step-40.attempt-7"})
+    assert end_of(job.model_copy(update={"checkpoint": older}), KILLED, None).job_state == JobState.FAILED
+
+
+def test_after_a_kill_the_next_attempt_goes_elsewhere() -> None:
+    attempt = an_attempt(processes=6, nodes=(NODE, OTHER))
+    first, second = (share.node for share in attempt.run.nodes)
+    told = {rank: an_exit(rank, ExitCode.KILLED, 2.0, "its peer is gone", echo=True) for rank in range(6)}
+    told[5] = an_exit(5, ExitCode.KILLED, 3.0, "killed by SIGKILL")
+    reports = [
+        a_report(index, ended=True, exits=tuple(told[rank] for rank in attempt.run.ranks_of(index))) for index in (0, 1)
+    ]
+    (end,) = actions_for(running(job=a_command_job(6)), attempt, *reports, nodes=(NODE, OTHER))
+    assert isinstance(end, EndAttempt)
+    assert end.avoid == (second,)
+    assert first not in end.avoid
+    assert end.reason.sentence.endswith("on other nodes if they will do")
+    # A mistake in the user's own program goes with it, and who was too slow for a planned stop has done nothing.
+    assert end_of(running(), (an_exit(0, ExitCode.CRASH, message="boom"), an_exit(1, ExitCode.CRASH)), None).avoid == ()
+    assert end_of(running(), KILLED).avoid == ()
 
 
 def test_cancelling_a_pausing_job_shortens_its_grace() -> None:

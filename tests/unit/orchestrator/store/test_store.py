@@ -196,6 +196,12 @@ def test_failures_and_time_add_up(store: Store) -> None:
     row = store.job("a-1")
     assert (row.failures, row.ran_s, row.served_s) == (2, 5.0, 3.0 * 1 + 1.5 * 2 + 0.5 * 3)
     assert row.started_at == 2.0  # the first start counts
+    for number, failed, failures in ((4, True, 1), (5, False, 0)):  # what has saved something new begins to count anew
+        with store.acting(lease) as write:
+            write.add_attempts([NewAttempt(*a_start(number=number))], 30.0)
+            write.set_attempt("a-1", number, AttemptState.ENDED, 30.0, outcome="crashed")
+            write.count_attempt("a-1", number, 30.0, failed=failed, processes=1, progressed=True)
+        assert store.job("a-1").failures == failures
 
 
 def test_what_is_no_number_is_stored_all_the_same(store: Store) -> None:
