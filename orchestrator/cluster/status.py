@@ -17,6 +17,24 @@ class StandbyReport(BaseModel):
     """Memory they hold; what several processes map is divided among them."""
 
 
+class Spent(BaseModel):
+    """Where rank 0's time went, as its pulse told. Stored beside its attempt, whose directory may be gone one day."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    began_at: float
+    """Unix time."""
+    seconds: dict[str, float] = {}
+    """By phase (launch.pulse), from `began_at` until it moved last."""
+    phase: str
+    """What it has been doing since then."""
+    step: int = 0
+    from_step: int | None = None
+    """After how many steps the attempt began to train; null before it did."""
+    failed_at: float | None = None
+    """When the first of the ranks failed, if one did and said so."""
+
+
 class NodeReport(BaseModel):
     """What is known of an attempt on one of its nodes."""
 
@@ -38,6 +56,8 @@ class NodeReport(BaseModel):
     """Rank 0's lines about checkpoints past the offset that was asked from: the next of them, maybe not all."""
     offset: int = 0
     """Up to where its progress was read for them; to go on from."""
+    spent: Spent | None = None
+    """The node's first rank's."""
 
 
 class AttemptStatus(BaseModel):
@@ -84,3 +104,8 @@ class AttemptStatus(BaseModel):
     @property
     def offset(self) -> int:
         return self.reports[0].offset if self.reports else 0
+
+    @property
+    def spent(self) -> Spent | None:
+        """Where rank 0's time went."""
+        return self.reports[0].spent if self.reports else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from launch.contract import ExecutionPlan, ProgressLine, StopRequest
 from orchestrator.cluster.model import Placement
+from orchestrator.cluster.status import Spent
 from orchestrator.job.lifecycle import JobState, Reason
 from orchestrator.memory.alike import Peak
 from orchestrator.memory.ladder import Relief
@@ -71,6 +72,8 @@ class NoteProgress:
     progress: ProgressLine | None
     offset: int
     """Bytes of rank 0's progress in which there is no checkpoint that is not noted."""
+    spent: Spent | None = None
+    """Where its time went, if more is known of that."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ class EndAttempt:
     target: int | None = None
     """With how many processes at most the next attempt is to start, at once."""
     peak: Peak | None = None
+    spent: Spent | None = None
+    """Where its time went, to its end."""
     notes: tuple[Note, ...] = ()
 
 

@@ -212,7 +212,8 @@ class Controller:
                     if isinstance(action, Explain):
                         write.explain(action.job_id, action.reason)
                     else:
-                        write.set_progress(action.job_id, action.number, action.progress, action.offset, now)
+                        told_of = action.progress, action.offset, now, action.spent
+                        write.set_progress(action.job_id, action.number, *told_of)
         return actions
 
     def _apply(
@@ -287,7 +288,8 @@ class Controller:
     def _end(self, action: EndAttempt, lease: Lease, contract: RunContract, now: float) -> None:
         self.executor.release(contract)
         with self.store.acting(lease) as write:
-            write.set_attempt(action.job_id, action.number, AttemptState.ENDED, now, outcome=action.outcome.value)
+            told = {"outcome": action.outcome.value, "spent": action.spent and action.spent.model_dump(mode="json")}
+            write.set_attempt(action.job_id, action.number, AttemptState.ENDED, now, **told)
             processes = contract.plan.world_size
             write.count_attempt(action.job_id, action.number, now, failed=action.failed, processes=processes)
             if action.error is not None:

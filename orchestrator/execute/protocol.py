@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from launch.attempt import AttemptFiles
 from launch.contract import ProgressLine, RankExit, RunContract, StopRequest
+from launch.pulse import read_beat
 from orchestrator.cluster.model import Node, Placement
-from orchestrator.cluster.status import AttemptStatus, NodeReport, StandbyReport
+from orchestrator.cluster.status import AttemptStatus, NodeReport, Spent, StandbyReport
 
 TAIL_BYTES = 8192
 LINE_BYTES = 1 << 16  # a user's script may write what it likes where progress is expected
@@ -74,7 +75,17 @@ def read_report(contract: RunContract, node_index: int, offset: int, *, reachabl
         progress=last_progress(files.progress(ranks[0])),
         news=news,
         offset=offset,
+        spent=read_spent(files.pulse(ranks[0])),
     )
+
+
+def read_spent(path: Path) -> Spent | None:
+    """Where a rank's time went, by its pulse; None if it has none (a user's own script)."""
+    beat = read_beat(path)
+    if beat is None:
+        return None
+    where = {"phase": beat.phase, "step": beat.step, "from_step": beat.from_step}
+    return Spent(began_at=beat.began_at, seconds=beat.spent, **where)
 
 
 def last_progress(path: Path) -> ProgressLine | None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from launch.contract import ExecutionPlan, Origin, ProgressLine, RunContract, StopRequest
 from orchestrator.cluster.model import Placement
+from orchestrator.cluster.status import Spent
 from orchestrator.job.checkpoint import LastCheckpoint
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason
 from orchestrator.job.spec import AnyJob, parse_job
@@ -95,6 +96,8 @@ class AttemptRow(Row):
     predicted: dict[str, Any] | None = None
     progress: ProgressLine | None
     progress_offset: int = 0
+    spent: Spent | None = None
+    """Where its time went; None where nobody told."""
 
     @cached_property
     def run(self) -> RunContract:

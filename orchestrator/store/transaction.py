@@ -10,6 +10,7 @@ from sqlalchemy.engine import Connection
 
 from launch.contract import ProgressLine, RunContract, StopRequest, dumps
 from orchestrator.cluster.model import Placement
+from orchestrator.cluster.status import Spent
 from orchestrator.errors import ConflictError
 from orchestrator.job.checkpoint import LastCheckpoint, newest
 from orchestrator.job.lifecycle import (
@@ -165,11 +166,22 @@ class Transaction:
             .values(checkpoint=sa.null() if last is None else last.model_dump(mode="json"))
         )
 
-    def set_progress(self, job_id: str, number: int, progress: ProgressLine | None, offset: int, now: float) -> None:
-        """The newest sign of life of an attempt's ranks, and how much of rank 0's progress holds no more news."""
+    def set_progress(
+        self,
+        job_id: str,
+        number: int,
+        progress: ProgressLine | None,
+        offset: int,
+        now: float,
+        spent: Spent | None = None,
+    ) -> None:
+        """The newest sign of life of an attempt's ranks, how much of rank 0's progress holds no more news, and where
+        its time went; what is None stays as it is."""
         columns: dict[str, Any] = {"last_contact": now, "progress_offset": offset}
         if progress is not None:
             columns["progress"] = dumps(progress)
+        if spent is not None:
+            columns["spent"] = spent.model_dump(mode="json")
         table = schema.attempts
         self._connection.execute(
             table.update().where(table.c.job_id == job_id, table.c.number == number).values(**columns)
