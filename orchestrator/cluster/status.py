@@ -35,6 +35,28 @@ class Spent(BaseModel):
     """When the first of the ranks failed, if one did and said so."""
 
 
+class Energy(BaseModel):
+    """What counters of a node told of the time of an attempt, in joules; null where there is no counter."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    gpu_j: float | None = None
+    """Of the GPUs that the attempt held there."""
+    cpu_j: float | None = None
+    """Of all processors of the node, whoever used them."""
+
+
+class Slots(BaseModel):
+    """What a node takes of ranks."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    kind: str
+    """cpu, or a type of GPU."""
+    slots: int
+
+
 class NodeReport(BaseModel):
     """What is known of an attempt on one of its nodes."""
 
@@ -58,6 +80,8 @@ class NodeReport(BaseModel):
     """Up to where its progress was read for them; to go on from."""
     spent: Spent | None = None
     """The node's first rank's."""
+    energy: Energy | None = None
+    """Of an attempt that has ended here."""
 
 
 class AttemptStatus(BaseModel):

@@ -33,6 +33,7 @@ from orchestrator.control.actions import (
 from orchestrator.control.board import Board
 from orchestrator.control.dispatch import dispatch
 from orchestrator.control.facts import Facts, Policy, State
+from orchestrator.control.inventory import Inventory
 from orchestrator.control.reconcile import reconcile
 from orchestrator.control.rules import rules_of
 from orchestrator.control.stops import PREEMPT
@@ -82,6 +83,7 @@ class Controller:
             rules=rules_of(settings),
         )
         self._board: Board | None = None
+        self._inventory = Inventory()
         self._jobs: dict[str, JobRow] = {}
         self._created: dict[tuple[str, int], float] = {}
 
@@ -127,6 +129,7 @@ class Controller:
             return []
         if self._board is None:
             self._board = Board(self._policy.rules, history_of(self.store))
+            self._inventory = Inventory()
         self._jobs = self.store.live_jobs(self._jobs)
         state = self._state(self._jobs)
         try:
@@ -134,6 +137,7 @@ class Controller:
         except ExecutorError as problem:
             log.error("the cluster cannot be asked", error=problem.message)
             return []
+        self._inventory.note(self.store, self.lease, facts.nodes, self.clock())
         actions = self._carry_out(reconcile(state, facts, self.clock(), self._policy), state, self.lease)
         if not all(isinstance(action, SIGNS) for action in actions):
             # Who goes back to the queue stands in it before its slots are given away.

@@ -1,7 +1,7 @@
 """Where a job's time went, from its submission to its end. Pure.
 
-Each second is in one category, so that they add up to the wall time. Of work that is done twice the first time counts as
-lost: that is known as soon as the attempt has failed, whether or not another one follows. The second time is training,
+Each second is in one category, so that they add up to the wall time. Of work that is done twice the first time is lost:
+that is known as soon as the attempt has failed, whether or not another one follows. The second time is training,
 since its work stays. What an attempt did up to the copy of its last commit is safe, however late the commit came; all
 that it did after that is lost, evaluations and saves as well.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from orchestrator.cluster.status import Spent
@@ -82,7 +82,9 @@ class Stint:
 
     @property
     def broke(self) -> bool:
-        return self.outcome is not None and self.outcome not in (Outcome.SUCCEEDED, Outcome.STOPPED)
+        if self.outcome is None or self.planned:
+            return False
+        return self.outcome not in (Outcome.SUCCEEDED, Outcome.STOPPED)
 
     @property
     def from_step(self) -> int | None:
@@ -112,6 +114,8 @@ class Span:
     stint: int | None = None
     """The attempt that it belongs to, which holds slots."""
     processes: int = 0
+    startup: bool = False
+    """Whether the attempt did not train yet."""
 
     def within(self, since: float, until: float) -> Span | None:
         """The part of it that lies there, with its share of everything."""
@@ -120,7 +124,7 @@ class Span:
             return None
         share = (high - low) / (self.until - self.since)
         seconds = {category: value * share for category, value in self.seconds.items()}
-        return Span(low, high, seconds, self.stint, self.processes)
+        return replace(self, since=low, until=high, seconds=seconds)
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,8 @@ class Account:
     until: float
     first_start: float | None
     spans: Sequence[Span]
-    startup_slot_s: Mapping[int, float] = field(default_factory=dict)
-    """Attempt → what it held before it trained."""
+    broken: frozenset[int] = frozenset()
+    """Attempts that failed, otherwise than by a planned stop that took too long."""
 
     @property
     def wall_s(self) -> float:
@@ -179,19 +183,15 @@ def account(job: Story, now: float) -> Account:
     until = max(job.submitted_at, now if job.ended_at is None else job.ended_at)
     book = _Book(job.submitted_at, until)
     recovers = False
-    startup: dict[int, float] = {}
     for index, stint in enumerate(job.stints):
         recovers = _wait(book, min(stint.created_at, until), job.moves, recovers)
-        begun = book.at
         last = job.ended_at is not None and index == len(job.stints) - 1
-        trained_at = _attempt(book, stint, kept_step(stint, job.stints[index + 1 :]), recovers, last)
-        if trained_at is not None:
-            recovers = False
-        startup[stint.number] = ((book.at if trained_at is None else trained_at) - begun) * stint.processes
-        recovers = recovers or (stint.broke and not stint.planned)
+        trained = _attempt(book, stint, kept_step(stint, job.stints[index + 1 :]), recovers, last)
+        recovers = stint.broke or (recovers and not trained)
     _wait(book, until, job.moves, recovers)
     first = min(max(job.stints[0].created_at, job.submitted_at), until) if job.stints else None
-    return Account(job.submitted_at, until, first, tuple(book.spans), startup)
+    broken = frozenset(stint.number for stint in job.stints if stint.broke)
+    return Account(job.submitted_at, until, first, tuple(book.spans), broken)
 
 
 def kept_step(stint: Stint, later: Sequence[Stint]) -> int | None:
@@ -211,7 +211,14 @@ class _Book:
         self.at, self._until = since, until
         self.spans: list[Span] = []
 
-    def to(self, at: float, what: Category | Mapping[Category, float], stint: Stint | None = None) -> None:
+    def to(
+        self,
+        at: float,
+        what: Category | Mapping[Category, float],
+        stint: Stint | None = None,
+        *,
+        startup: bool = False,
+    ) -> None:
         """What was done up to `at`: one thing, or several in these proportions."""
         at = min(max(at, self.at), self._until)
         if at == self.at:
@@ -221,8 +228,8 @@ class _Book:
         if not whole:
             parts, whole = {Category.TRAINING: 1.0}, 1.0
         seconds = {category: (at - self.at) * (part / whole) for category, part in parts.items()}
-        whose = (None, 0) if stint is None else (stint.number, stint.processes)
-        self.spans.append(Span(self.at, at, seconds, *whose))
+        number, processes = (None, 0) if stint is None else (stint.number, stint.processes)
+        self.spans.append(Span(self.at, at, seconds, number, processes, startup))
         self.at = at
 
 
@@ -237,48 +244,45 @@ def _wait(book: _Book, until: float, moves: Sequence[tuple[float, JobState]], re
     return recovers
 
 
-def _attempt(book: _Book, stint: Stint, kept: int | None, recovers: bool, last: bool) -> float | None:
-    """The time of an attempt. Returns when it began to train; None if it did not, as far as was told."""
+def _attempt(book: _Book, stint: Stint, kept: int | None, recovers: bool, last: bool) -> bool:
+    """The time of an attempt. Returns whether it trained, or may have."""
     end = math.inf if stint.ended_at is None else max(stint.ended_at, book.at)
     before = Category.RECOVERING if recovers else Category.STARTING
-    after = Category.RECOVERING if stint.broke and not stint.planned and not last else Category.STOPPING
+    after = Category.RECOVERING if stint.broke and not last else Category.STOPPING
     spent = stint.spent
 
-    def to(at: float, what: Category | Mapping[Category, float]) -> None:
-        book.to(min(at, end), what, stint)
+    def to(at: float, what: Category | Mapping[Category, float], *, startup: bool = False) -> None:
+        book.to(min(at, end), what, stint, startup=startup)
 
     if spent is None:
-        if stint.begun_at is None:
-            to(end, before)
-            return None
-        to(stint.begun_at, before)
-        begun = book.at
+        to(end if stint.begun_at is None else stint.begun_at, before, startup=True)
         to(end, Category.RUNNING)
-        return begun
+        return stint.begun_at is not None
     moved = spent.began_at + math.fsum(spent.seconds.values())
-    done = OF_PHASE.get(spent.phase) == Category.STOPPING or stint.outcome in (Outcome.SUCCEEDED, Outcome.STOPPED)
-    if done:
+    if spent.phase == "done" or stint.outcome in (Outcome.SUCCEEDED, Outcome.STOPPED):
         over = moved
     elif stint.ended_at is None:
         over = math.inf
     else:  # it failed in the middle of something
         over = max(moved, spent.failed_at or moved)
     if spent.from_step is None:
-        to(over, before)
+        to(over, before, startup=True)
         to(end, after)
-        return None
-    to(spent.began_at + _loading(spent.seconds), before)
-    trained_at = book.at
-    all_of_it = Mark(spent.step, spent.seconds)
+        return False
+    loading = _only(spent.seconds, LOADING)
+    to(spent.began_at + math.fsum(loading.values()), before, startup=True)
     if kept is not None and kept < spent.step:
-        safe = mark_at(kept, [Mark(spent.from_step, _only(spent.seconds, LOADING)), *stint.commits, all_of_it])
+        marks = [Mark(spent.from_step, loading), *stint.commits, Mark(spent.step, spent.seconds)]
+        safe = mark_at(kept, marks)
         to(spent.began_at + safe.at_s, _work(safe.seconds))
         to(over, Category.LOST)
     else:
-        to(moved, _work(spent.seconds))
+        work = _work(spent.seconds)
+        to(moved - work.pop(Category.EXPORTING, 0.0), work)  # which comes last
+        to(moved, Category.EXPORTING)
         to(over, OF_PHASE.get(spent.phase, Category.TRAINING))
     to(end, after)
-    return trained_at
+    return True
 
 
 def mark_at(step: int, marks: Sequence[Mark]) -> Mark:
@@ -295,10 +299,6 @@ def mark_at(step: int, marks: Sequence[Mark]) -> Mark:
     phases = sorted({*low.seconds, *upper[0].seconds})
     pairs = {phase: (low.seconds.get(phase, 0.0), upper[0].seconds.get(phase, 0.0)) for phase in phases}
     return Mark(step, {phase: one + share * (two - one) for phase, (one, two) in pairs.items()})
-
-
-def _loading(seconds: Mapping[str, float]) -> float:
-    return math.fsum(_only(seconds, LOADING).values())
 
 
 def _only(seconds: Mapping[str, float], phases: frozenset[str]) -> dict[str, float]:

@@ -93,7 +93,7 @@ attempts = Table(
     # Bytes of rank 0's progress whose checkpoints are events.
     Column("progress_offset", BigInteger, nullable=False, server_default="0"),
     Column("spent", JSON(none_as_null=True), nullable=True),  # cluster.status.Spent
-    Column("energy", JSON(none_as_null=True), nullable=True),  # cluster.status.Energy, once it has ended
+    Column("energy", JSON(none_as_null=True), nullable=True),  # cluster.status.Energy of each node, once it has ended
     Index("ix_attempts_state", "state"),
 )
 

@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection
 
 from launch.contract import ProgressLine, RunContract, StopRequest, dumps
 from orchestrator.cluster.model import Placement
-from orchestrator.cluster.status import Spent
+from orchestrator.cluster.status import Slots, Spent
 from orchestrator.errors import ConflictError
 from orchestrator.job.checkpoint import LastCheckpoint, newest
 from orchestrator.job.lifecycle import (
@@ -208,6 +208,11 @@ class Transaction:
     def add_peak(self, peak: Peak) -> None:
         """What an attempt needed of memory."""
         self._connection.execute(schema.peaks.insert().values(**dumps(peak)))
+
+    def add_inventory(self, nodes: Mapping[str, Slots], now: float) -> None:
+        """Which slots there are from now on, by node id."""
+        told = {node: slots.model_dump(mode="json") for node, slots in nodes.items()}
+        self._connection.execute(schema.inventories.insert().values(time=now, nodes=told))
 
     def add_history(self, row: HistoryRow) -> None:
         """How long a job ran that ends."""

@@ -58,7 +58,7 @@ def test_a_job_that_succeeds_at_once() -> None:
     assert found.goodput == pytest.approx(60 / 90)
     assert found.useful == pytest.approx(120 / 180)
     assert math.isclose(math.fsum(found.slot_seconds.values()), 180)
-    assert found.startup_slot_s == {1: 20}
+    assert [span.seconds for span in found.spans if span.startup] == [{Category.STARTING: 10}]
 
 
 def crashed(**changes: Any) -> Stint:
@@ -78,7 +78,9 @@ def test_a_crash_before_any_commit_loses_all_work() -> None:
     assert told(found) == {
         "queued": 10, "starting": 10, "lost": 40, "recovering": 2 + 8 + 5, "training": 72, "exporting": 3,
     }  # fmt: skip
-    assert found.startup_slot_s == {1: 20, 2: 10}
+    startup = [(span.stint, span.seconds) for span in found.spans if span.startup]
+    assert startup == [(1, {Category.STARTING: 10}), (2, {Category.RECOVERING: 5})]
+    assert found.broken == {1}
 
 
 def test_a_crash_after_a_commit_loses_what_came_after_the_copy() -> None:
