@@ -133,3 +133,8 @@ class AttemptStatus(BaseModel):
     def spent(self) -> Spent | None:
         """Where rank 0's time went."""
         return self.reports[0].spent if self.reports else None
+
+    @property
+    def energy(self) -> tuple[Energy | None, ...]:
+        """What each node's counters told, once it has ended there."""
+        return tuple(report.energy for report in self.reports)

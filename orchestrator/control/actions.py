@@ -8,7 +8,7 @@ from typing import Any
 
 from launch.contract import ExecutionPlan, ProgressLine, StopRequest
 from orchestrator.cluster.model import Placement
-from orchestrator.cluster.status import Spent
+from orchestrator.cluster.status import Energy, Spent
 from orchestrator.job.lifecycle import JobState, Reason
 from orchestrator.memory.alike import Peak
 from orchestrator.memory.ladder import Relief
@@ -132,6 +132,8 @@ class EndAttempt:
     peak: Peak | None = None
     spent: Spent | None = None
     """Where its time went, to its end."""
+    energy: tuple[Energy | None, ...] | None = None
+    """What each node's counters told."""
     notes: tuple[Note, ...] = ()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 from orchestrator.cluster.model import Node
 from orchestrator.cluster.status import Slots
+from orchestrator.errors import LeaseLostError
 from orchestrator.store.rows import Lease
 from orchestrator.store.store import Store
 
@@ -39,3 +41,9 @@ class Inventory:
             with store.acting(lease) as write:
                 write.add_inventory(seen, now)
             self._last = seen
+
+    def close(self, store: Store, lease: Lease, now: float) -> None:
+        """The controller ends. Where nothing runs on, nobody offers slots until there is another. Raises StoreError."""
+        if self._last and not store.live_attempts():
+            with contextlib.suppress(LeaseLostError):  # there is another already
+                self.note(store, lease, (), now)

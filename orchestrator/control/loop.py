@@ -112,6 +112,7 @@ class Controller:
         """Let another controller act at once. Attempts go on."""
         self.tracer.close()
         if self.lease is not None:
+            self._inventory.close(self.store, self.lease, self.clock())
             self.store.release_lease(self.lease)
             self.lease = self._board = None
 
@@ -292,8 +293,8 @@ class Controller:
     def _end(self, action: EndAttempt, lease: Lease, contract: RunContract, now: float) -> None:
         self.executor.release(contract)
         with self.store.acting(lease) as write:
-            told = {"outcome": action.outcome.value, "spent": action.spent and action.spent.model_dump(mode="json")}
-            write.set_attempt(action.job_id, action.number, AttemptState.ENDED, now, **told)
+            told_of = action.outcome.value, action.spent, action.energy
+            write.end_attempt(action.job_id, action.number, now, *told_of)
             processes = contract.plan.world_size
             write.count_attempt(action.job_id, action.number, now, failed=action.failed, processes=processes)
             if action.error is not None:

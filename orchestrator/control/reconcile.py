@@ -131,7 +131,8 @@ def _end(
     exits = status.exits if status else []
     peak = peak_of(job, attempt, verdict, exits, device_kind(facts.nodes, attempt.held), now)
     spent = last_spent(verdict, status, attempt.spent)
-    return replace(_goes_on(job, attempt, verdict, status, now), peak=peak, spent=spent)
+    energy = status.energy if status is not None else None
+    return replace(_goes_on(job, attempt, verdict, status, now), peak=peak, spent=spent, energy=energy)
 
 
 def _goes_on(

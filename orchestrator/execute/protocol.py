@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +13,7 @@ from launch.attempt import AttemptFiles
 from launch.contract import ProgressLine, RankExit, RunContract, StopRequest
 from launch.pulse import read_beat
 from orchestrator.cluster.model import Node, Placement
-from orchestrator.cluster.status import AttemptStatus, NodeReport, Spent, StandbyReport
+from orchestrator.cluster.status import AttemptStatus, Energy, NodeReport, Spent, StandbyReport
 
 TAIL_BYTES = 8192
 LINE_BYTES = 1 << 16  # a user's script may write what it likes where progress is expected
@@ -76,6 +77,7 @@ def read_report(contract: RunContract, node_index: int, offset: int, *, reachabl
         news=news,
         offset=offset,
         spent=read_spent(files.pulse(ranks[0])),
+        energy=read_energy(files.agent_exit(node_index)) if ended else None,
     )
 
 
@@ -86,6 +88,14 @@ def read_spent(path: Path) -> Spent | None:
         return None
     where = {"phase": beat.phase, "step": beat.step, "from_step": beat.from_step}
     return Spent(began_at=beat.began_at, seconds=beat.spent, **where)
+
+
+def read_energy(path: Path) -> Energy | None:
+    """What the node's counters told of an attempt, by its agent's last word; None if that has nothing of it."""
+    try:
+        return Energy.model_validate(json.loads(path.read_bytes())["energy"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def last_progress(path: Path) -> ProgressLine | None:

@@ -46,4 +46,5 @@ def build_request(
         files=launch_files(contract, node_index),
         owner=owner,
         standby=contract.spec is not None and not contract.env_from,
+        gpus=share.gpus,
     )

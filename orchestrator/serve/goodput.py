@@ -65,7 +65,7 @@ class Book:
 
 def keep_accounts(guarded: APIRouter, controller: Controller) -> None:
     """Add the routes that tell where time went."""
-    store, settings = controller.store, controller.settings
+    store = controller.store
 
     @guarded.get("/jobs/{job_id}/goodput")
     def goodput_of(job_id: JobId) -> AccountView:
@@ -73,7 +73,7 @@ def keep_accounts(guarded: APIRouter, controller: Controller) -> None:
         row = store.job(job_id)
         events = store.events_of([row.id], [*MOVES, COMMITTED, ERROR])
         (book,) = _books(store, [row], events, row.submitted_at, time.time())
-        return _account_view(book, events, settings)
+        return _account_view(book, events, controller.settings)
 
     @guarded.get("/goodput")
     def goodput(
@@ -86,7 +86,7 @@ def keep_accounts(guarded: APIRouter, controller: Controller) -> None:
         rows = store.jobs_between(since, now, MOST_JOBS)
         events = store.events_of([row.id for row in rows], [*MOVES, COMMITTED])
         books = _books(store, rows, events, min([since, *(row.submitted_at for row in rows)]), now)
-        return _cluster_view(books, store.inventories(since), since, now, bins, settings)
+        return _cluster_view(books, store.inventories(since), since, now, bins, controller.settings)
 
 
 def _books(store: Store, rows: Sequence[JobRow], events: Iterable[EventRow], since: float, now: float) -> list[Book]:

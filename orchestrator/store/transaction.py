@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection
 
 from launch.contract import ProgressLine, RunContract, StopRequest, dumps
 from orchestrator.cluster.model import Placement
-from orchestrator.cluster.status import Slots, Spent
+from orchestrator.cluster.status import Energy, Slots, Spent
 from orchestrator.errors import ConflictError
 from orchestrator.job.checkpoint import LastCheckpoint, newest
 from orchestrator.job.lifecycle import (
@@ -117,6 +117,23 @@ class Transaction:
         if state.final:
             columns["ended_at"] = now
         self._connection.execute(table.update().where(mine).values(state=state, **columns))
+
+    def end_attempt(
+        self,
+        job_id: str,
+        number: int,
+        now: float,
+        outcome: str,
+        spent: Spent | None = None,
+        energy: Sequence[Energy | None] | None = None,
+    ) -> None:
+        """An attempt of which nothing lives, where its time went, and what each node's counters told of energy."""
+        told: dict[str, Any] = {"outcome": outcome}
+        if spent is not None:
+            told["spent"] = spent.model_dump(mode="json")
+        if energy is not None and any(energy):
+            told["energy"] = [one and one.model_dump(mode="json") for one in energy]
+        self.set_attempt(job_id, number, AttemptState.ENDED, now, **told)
 
     def count_attempt(self, job_id: str, number: int, now: float, *, failed: bool, processes: int) -> None:
         """Count an attempt of so many processes that ends: its time, and whether it uses up one of the restarts."""
