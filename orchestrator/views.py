@@ -225,6 +225,12 @@ class StintView(View):
     until: float
     ended: str | None = None
     """How, in a few words; null while it lives."""
+    from_step: int | None = None
+    """After how many steps it began to train; null if it did not, or did not tell."""
+    step: int | None = None
+    """The last that it was at."""
+    kept_step: int | None = None
+    """Up to which step its work has stayed, where some of it has not: the rest is done again."""
     seconds: dict[str, float]
     energy: EnergyView = EnergyView()
 

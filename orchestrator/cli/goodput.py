@@ -16,7 +16,7 @@ from launch.errors import Refused
 from orchestrator.cli.output import Format, Output, duration, out, print_json, state_text
 from orchestrator.errors import SpecError
 from orchestrator.job.fields import Duration
-from orchestrator.views import AccountView, ClusterAccount, EnergyView, UseView
+from orchestrator.views import AccountView, ClusterAccount, EnergyView, StintView, UseView
 
 HOUR_S = 3600.0
 BINS = 240
@@ -70,14 +70,22 @@ def _job(view: AccountView) -> None:
     if not view.attempts:
         return
     table = Table(box=None, pad_edge=False)
-    for heading in ("ATTEMPT", "SLOTS", "LASTED", "TRAINING", "LOST", "ENDED"):
-        table.add_column(heading, justify="left" if heading in ("SLOTS", "ENDED") else "right")
+    for heading in ("ATTEMPT", "SLOTS", "LASTED", "TRAINING", "LOST", "STEPS", "ENDED"):
+        table.add_column(heading, justify="left" if heading in ("SLOTS", "STEPS", "ENDED") else "right")
     for one in view.attempts:
         slots = ", ".join(f"{processes} {kind}" for kind, processes in one.kinds.items())
         seconds = (one.until - one.since, one.seconds["training"], one.seconds["lost"])
         ended = NONE if one.ended is None else escape(one.ended.splitlines()[0])
-        table.add_row(str(one.number), slots, *(f"{value:.1f} s" for value in seconds), ended)
+        table.add_row(str(one.number), slots, *(f"{value:.1f} s" for value in seconds), _steps(one), ended)
     out.print(table)
+
+
+def _steps(one: StintView) -> str:
+    """From which step to which an attempt came, and how far that has stayed."""
+    if one.from_step is None:
+        return NONE
+    kept = "" if one.kept_step is None else f", kept {max(one.kept_step, one.from_step)}"
+    return f"{one.from_step}..{one.step}{kept}"
 
 
 def _cluster(view: ClusterAccount) -> None:

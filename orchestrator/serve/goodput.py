@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from orchestrator.control.loop import Controller
 from orchestrator.control.stops import PREEMPT, planned
 from orchestrator.job.lifecycle import JobState
 from orchestrator.recover.classify import Outcome
-from orchestrator.recover.ledger import Account, Mark, Stint, Story, account, total
+from orchestrator.recover.ledger import Account, Mark, Stint, Story, account, kept_step, total
 from orchestrator.recover.usage import (
     CPU,
     HOUR_S,
@@ -59,6 +60,7 @@ class Book:
     account: Account
     parts: Sequence[Part]
     attempts: Sequence[AttemptRow]
+    stints: Sequence[Stint]
     energy: Mapping[int, Energy]
     """Of attempts that have ended."""
 
@@ -116,7 +118,7 @@ def _books(store: Store, rows: Sequence[JobRow], events: Iterable[EventRow], sin
             for attempt in mine
             if attempt.ended_at is not None
         }
-        books.append(Book(row, found, parts_of(found, kinds), mine, energy))
+        books.append(Book(row, found, parts_of(found, kinds), mine, stints, energy))
     return books
 
 
@@ -154,8 +156,8 @@ def holds_all(row: AttemptRow, inventories: Sequence[InventoryRow]) -> bool:
 
 def nodes_at(inventories: Sequence[InventoryRow], at: float) -> Mapping[str, Slots]:
     """What there was then; the first that is known where that is later."""
-    before = [row for row in inventories if row.time <= at] or list(inventories[:1])
-    return before[-1].nodes if before else {}
+    index = bisect_right(inventories, at, key=lambda row: row.time)
+    return inventories[max(0, index - 1)].nodes if inventories else {}
 
 
 def ended(row: AttemptRow, errors: Mapping[int, str]) -> str | None:
@@ -178,7 +180,9 @@ def _account_view(book: Book, events: Iterable[EventRow], settings: Settings) ->
         if event.kind == ERROR and event.attempt is not None
     }
     stints = []
-    for attempt in book.attempts:
+    for index, (attempt, stint) in enumerate(zip(book.attempts, book.stints, strict=True)):
+        kept = kept_step(stint, book.stints[index + 1 :])
+        spent = attempt.spent
         spans = [span for span in found.spans if span.stint == attempt.number]
         energy = {attempt.number: book.energy[attempt.number]} if attempt.number in book.energy else {}
         stints.append(
@@ -189,6 +193,9 @@ def _account_view(book: Book, events: Iterable[EventRow], settings: Settings) ->
                 since=attempt.created_at,
                 until=found.until if attempt.ended_at is None else attempt.ended_at,
                 ended=ended(attempt, errors),
+                from_step=stint.from_step,
+                step=None if spent is None else spent.step,
+                kept_step=kept if kept is not None and spent is not None and kept < spent.step else None,
                 seconds=_named(total(spans)),
                 energy=_energy_view(energy.values()),
             )

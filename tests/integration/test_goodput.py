@@ -1,4 +1,4 @@
-"""The account of a real training of two ranks, one of which is killed: it goes on, and every second is found again."""
+"""The account of a real training of two ranks: it is paused, one of them is killed, and every second is found again."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 from tests.worlds import write_bert, write_messages
 from tests.yards import a_yard, kill, until
 
-STEPS = 400
+STEPS = 700
 
 
-def test_a_training_that_is_killed_once_is_accounted_for(tmp_path: Path) -> None:
+def test_a_training_that_is_paused_and_killed_is_accounted_for(tmp_path: Path) -> None:
     prices = {"prices": '{"cpu": 3600}', "currency": "EUR"}
     with a_yard("--executor", "local", cpu_slots="4", **prices) as yard:
         path = yard.job_file(
@@ -34,13 +34,18 @@ def test_a_training_that_is_killed_once_is_accounted_for(tmp_path: Path) -> None
         )
         job = yard.submit(path)
 
-        def works_on() -> bool:
-            """Whether something was done that no commit holds."""
+        def works_on(attempt: int) -> bool:
+            """Whether an attempt has committed something, and done what no commit holds."""
             view = yard.describe(job)
-            return bool(view["checkpoint"] and view["progress"]["step"] > view["checkpoint"]["step"])
+            saved, last = view["checkpoint"], view["progress"]
+            return bool(saved and saved["id"].endswith(f".attempt-{attempt}") and last and last["step"] > saved["step"])
 
-        until(works_on)
-        kill(yard.rank_pids(job)[1])
+        until(lambda: works_on(1))
+        assert yard.json("pause", job, "--wait")["state"] == "paused"
+        paused = yard.json("goodput", job)
+        yard.json("resume", job)
+        until(lambda: works_on(2))
+        kill(yard.rank_pids(job, 2)[1])
         assert yard.json("wait", job)["state"] == "succeeded"
         told = yard.json("goodput", job)
         seconds, slots = told["seconds"], told["slot_seconds"]
@@ -53,18 +58,27 @@ def test_a_training_that_is_killed_once_is_accounted_for(tmp_path: Path) -> None
         assert 0 < told["goodput"] < told["useful"] < 1
         assert told["lost_to_failures_slot_s"] == pytest.approx(slots["lost"])
         assert told["cost"] == pytest.approx(math.fsum(slots.values()))  # 3600 an hour is one a second
-        assert told["energy"] == {"gpu_kwh": None, "cpu_kwh": None, "measured": 0, "ended": 2}
+        assert told["energy"] == {"gpu_kwh": None, "cpu_kwh": None, "measured": 0, "ended": 3}
 
-        first, second = told["attempts"]
-        assert first["ended"].startswith("killed: ")
-        assert (second["ended"], second["seconds"]["lost"]) == ("succeeded", 0.0)
-        # What is lost is what the first attempt did after the copy of the checkpoint from which the second went on.
-        resumed = next(event for event in view["events"] if event["kind"] == "checkpoint-resumed")
-        lines = [json.loads(line) for line in yard.files(job).progress(0).read_text().splitlines()]
+        # A pause saves first, so nothing of it is lost, and nothing recovers from it.
+        assert paused["seconds"]["paused"] > 0
+        assert (paused["seconds"]["lost"], paused["seconds"]["recovering"]) == (0, 0)
+        assert told["seconds"]["paused"] >= paused["seconds"]["paused"]
+        first, second, third = told["attempts"]
+        assert (first["ended"], third["ended"]) == ("paused", "succeeded")
+        assert second["ended"].startswith("killed: ")
+        assert [(one["from_step"], one["kept_step"]) for one in (first, second, third)] == [
+            (0, None), (first["step"], third["from_step"]), (third["from_step"], None),
+        ]  # fmt: skip
+        assert first["step"] <= third["from_step"] < second["step"]
+        assert (first["seconds"]["lost"], third["seconds"]["lost"]) == (0, 0)
+
+        # What is lost is what the second did after the copy of the checkpoint from which the third went on.
+        lines = [json.loads(line) for line in yard.files(job, 2).progress(0).read_text().splitlines()]
         saved_at = next(
-            line["time"] for line in lines if line["phase"] == "save" and line["step"] == resumed["data"]["step"]
+            line["time"] for line in lines if line["phase"] == "save" and line["step"] == third["from_step"]
         )
-        died_at = next(span["until"] for span in told["spans"] if span["attempt"] == 1 and span["seconds"].get("lost"))
+        died_at = next(span["until"] for span in told["spans"] if span["attempt"] == 2 and span["seconds"].get("lost"))
         assert seconds["lost"] == pytest.approx(died_at - saved_at, abs=0.05)
 
         cluster = yard.json("goodput", "--since", "1h", "--plot", str(tmp_path / "cluster.png"))
@@ -80,6 +94,4 @@ def test_a_training_that_is_killed_once_is_accounted_for(tmp_path: Path) -> None
         )
         table = yard.run("goodput", job, "--plot", str(tmp_path / "job.png")).stdout
         assert "recovering" in table
-        print(table)
-        print(yard.run("goodput").stdout)
         assert {path.read_bytes()[:4] for path in tmp_path.glob("*.png")} == {b"\x89PNG"}

@@ -61,7 +61,7 @@ def test_a_job_as_a_table(crashed: str, tuneyard: Tuneyard) -> None:
     assert rows["goodput"][0] == "0.0"
     assert "energy: no reading" in out
     assert "cost -" in out
-    assert "crashed: oh [red]no" in out
+    assert "0..9, kept 0  crashed: oh [red]no" in out
     assert "and more" not in out
 
 

@@ -78,6 +78,8 @@ def test_a_job_is_accounted_for(told: TestClient, controller: Controller) -> Non
     assert [(one["ended"], one["kinds"]) for one in view["attempts"]] == [
         ("preempted for b-1", {"H100": 2}), ("killed: killed by SIGKILL", {"H100": 2}),
     ]  # fmt: skip
+    steps = [(one["from_step"], one["step"], one["kept_step"]) for one in view["attempts"]]
+    assert steps == [(0, 20, None), (20, 45, 20)]
     # Of the processors nobody knows: it held two of eight slots.
     assert view["energy"] == {"gpu_kwh": pytest.approx(2.0), "cpu_kwh": None, "measured": 1, "ended": 2}
     spans = [span["until"] - span["since"] for span in view["spans"]]
