@@ -14,6 +14,7 @@ from launch.contract import CheckpointNote
 from orchestrator.cluster.status import Energy, Slots
 from orchestrator.control.loop import Controller
 from orchestrator.control.stops import PREEMPT, planned
+from orchestrator.errors import SpecError
 from orchestrator.job.lifecycle import JobState
 from orchestrator.recover.classify import Outcome
 from orchestrator.recover.ledger import Account, Mark, Stint, Story, account, kept_step, total
@@ -46,10 +47,12 @@ from orchestrator.views import (
 
 DAY_S = 86400.0
 MOST_S = 366 * DAY_S
-MOST_JOBS = 100_000
+MOST_JOBS = 50_000  # a minute or so
 MOST_BINS = 2000
 COMMITTED, ERROR = "checkpoint-committed", "attempt-error"
 MOVES = {f"job-{state}": state for state in (JobState.QUEUED, JobState.PAUSED)}
+
+WELL = frozenset({JobState.STARTING, JobState.RUNNING, JobState.STOPPING, JobState.SUCCEEDED})
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,8 @@ def keep_accounts(guarded: APIRouter, controller: Controller) -> None:
     def goodput_of(job_id: JobId) -> AccountView:
         """A job's time, second by second, and each of its attempts."""
         row = store.job(job_id)
-        events = store.events_of([row.id], [*MOVES, COMMITTED, ERROR])
-        (book,) = _books(store, [row], events, row.submitted_at, time.time())
-        return _account_view(book, events, controller.settings)
+        (book,) = _books(store, [row], row.submitted_at, time.time())
+        return _account_view(book, store.events_of([row.id], [ERROR]), controller.settings)
 
     @guarded.get("/goodput")
     def goodput(
@@ -85,28 +87,35 @@ def keep_accounts(guarded: APIRouter, controller: Controller) -> None:
         """Where the slots of the last `last_s` seconds went, by queue, and in so many bins of time."""
         now = time.time()
         since = now - last_s
-        rows = store.jobs_between(since, now, MOST_JOBS)
-        events = store.events_of([row.id for row in rows], [*MOVES, COMMITTED])
-        books = _books(store, rows, events, min([since, *(row.submitted_at for row in rows)]), now)
+        rows = store.jobs_between(since, now, MOST_JOBS + 1)
+        if len(rows) > MOST_JOBS:
+            raise SpecError(
+                f"more than {MOST_JOBS} jobs are of that time",
+                code="too-many",
+                field="since",
+                hint="ask for less of it",
+            )
+        books = _books(store, rows, min([since, *(row.submitted_at for row in rows)]), now)
         return _cluster_view(books, store.inventories(since), since, now, bins, controller.settings)
 
 
-def _books(store: Store, rows: Sequence[JobRow], events: Iterable[EventRow], since: float, now: float) -> list[Book]:
+def _books(store: Store, rows: Sequence[JobRow], since: float, now: float) -> list[Book]:
     """The accounts of these jobs, the first of which was submitted at `since`."""
     inventories = store.inventories(since)
     attempts: dict[str, list[AttemptRow]] = {row.id: [] for row in rows}
     for attempt in store.attempts_of(list(attempts)):
         attempts[attempt.job_id].append(attempt)
     moves: dict[str, list[tuple[float, JobState]]] = {row.id: [] for row in rows}
-    commits: dict[tuple[str, int], list[Mark]] = {}
-    for event in events:
+    for event in store.events_of(list(attempts), MOVES):
         assert event.job_id is not None
-        if event.kind in MOVES:
-            moves[event.job_id].append((event.time, MOVES[event.kind]))
-        elif event.kind == COMMITTED and event.attempt is not None:
-            note = CheckpointNote.model_validate(event.data)
-            if note.spent is not None:
-                commits.setdefault((event.job_id, event.attempt), []).append(Mark(note.step, note.spent))
+        moves[event.job_id].append((event.time, MOVES[event.kind]))
+    commits: dict[tuple[str, int], list[Mark]] = {}
+    for event in store.events_of([row.id for row in rows if may_have_lost(row)], [COMMITTED]):
+        assert event.job_id is not None
+        assert event.attempt is not None
+        note = CheckpointNote.model_validate(event.data)
+        if note.spent is not None:
+            commits.setdefault((event.job_id, event.attempt), []).append(Mark(note.step, note.spent))
     books = []
     for row in rows:
         mine = attempts[row.id]
@@ -120,6 +129,11 @@ def _books(store: Store, rows: Sequence[JobRow], events: Iterable[EventRow], sin
         }
         books.append(Book(row, found, parts_of(found, kinds), mine, stints, energy))
     return books
+
+
+def may_have_lost(row: JobRow) -> bool:
+    """Whether work of a job may be lost, so that it matters what was saved: not while its only attempt goes well."""
+    return row.attempts > 1 or (row.attempts == 1 and row.state not in WELL)
 
 
 def stint_of(row: AttemptRow, commits: Sequence[Mark] = ()) -> Stint:

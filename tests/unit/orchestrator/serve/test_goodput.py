@@ -122,3 +122,12 @@ def test_a_time_that_cannot_be_is_refused(http: TestClient, query: str) -> None:
 def test_of_no_job_there_is_nothing_to_tell(http: TestClient) -> None:
     assert http.get("/v1/jobs/nobody/goodput").status_code == 404
     assert http.get("/v1/jobs/no%20body/goodput").status_code == 404
+
+
+def test_a_time_with_too_many_jobs_is_refused_and_none_is_left_out(
+    told: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.serve.goodput.time", SimpleNamespace(time=lambda: T0 + 90))
+    monkeypatch.setattr("orchestrator.serve.goodput.MOST_JOBS", 0)
+    answer = told.get("/v1/goodput")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "too-many")
