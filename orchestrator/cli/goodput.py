@@ -22,6 +22,8 @@ HOUR_S = 3600.0
 BINS = 240
 """Of a picture of the cluster."""
 NONE = "-"
+CENTS = 0.1
+"""Of less money, two digits are written wherever they stand."""
 
 
 def goodput(
@@ -155,8 +157,10 @@ def _kwh(energy: EnergyView) -> str:
 
 
 def money(amount: float | None, currency: str | None) -> str:
-    """`2.50 EUR`, or that it is not known."""
-    return NONE if amount is None else f"{amount:.2f}" + (f" {currency}" if currency else "")
+    """`2.50 EUR`, `0.0021 EUR`, or that it is not known."""
+    if amount is None:
+        return NONE
+    return (f"{amount:.2g}" if 0 < amount < CENTS else f"{amount:.2f}") + (f" {currency}" if currency else "")
 
 
 def percent(share: float) -> str:

@@ -163,9 +163,10 @@ class Account:
 
 
 def share_of(seconds: Mapping[Category, float], whole: float) -> float | None:
-    """How much of `whole` was training; None where that was not told of any of it."""
-    told = whole > 0 and not (seconds[Category.RUNNING] and not seconds[Category.TRAINING])
-    return seconds[Category.TRAINING] / whole if told else None
+    """How much of `whole` was training, without what ran and told nothing; None where nothing else trained."""
+    silent = seconds[Category.RUNNING]
+    told = whole - silent > 0 and not (silent and not seconds[Category.TRAINING])
+    return seconds[Category.TRAINING] / (whole - silent) if told else None
 
 
 def total(spans: Iterable[Span], *, slots: bool = False) -> dict[Category, float]:

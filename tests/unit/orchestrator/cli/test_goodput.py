@@ -119,4 +119,5 @@ def test_of_no_job_there_is_nothing_to_tell(controller: Controller, tuneyard: Tu
 
 
 def test_money_has_the_name_that_it_was_given() -> None:
-    assert [money(None, "EUR"), money(1.5, None), money(0.0, "EUR")] == ["-", "1.50", "0.00 EUR"]
+    told = [money(None, "EUR"), money(1.5, None), money(0.0, "EUR"), money(0.00213, "EUR")]
+    assert told == ["-", "1.50", "0.00 EUR", "0.0021 EUR"]

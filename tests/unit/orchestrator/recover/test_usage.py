@@ -73,3 +73,10 @@ def test_energy_is_told_where_every_node_has_told_it() -> None:
     assert energy_of([told[0], None], whole=True) == Energy()
     assert energy_of([told[0], Energy(cpu_j=1.0)], whole=True) == Energy(cpu_j=3.0)
     assert energy_of(None, whole=True) == energy_of([], whole=True) == Energy()
+
+
+def test_what_tells_nothing_is_neither_useful_nor_useless() -> None:
+    command = Stint(1, 2, 10.0, 150.0, Outcome.SUCCEEDED, begun_at=10.0)
+    training = parts(crashed(), AGAIN)
+    assert use_of(parts(command)).useful is None
+    assert use_of([*parts(command), *training]).useful == pytest.approx(use_of(training).useful)
