@@ -292,6 +292,9 @@ class CheckpointNote(Record):
     write_s: float | None = None
     """Of the slowest rank, hashing included."""
     hash_s: float | None = None
+    spent: dict[str, float] | None = None
+    """Of rank 0: seconds by phase (launch.pulse) from its beginning to this save, which makes safe what was done by
+    then, however late it is committed."""
     code: str | None = None
     message: str | None = None
     hint: str | None = None

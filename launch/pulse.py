@@ -1,7 +1,8 @@
-"""Where a rank is and since when, for who looks from outside. Standard library alone; entering costs a microsecond.
+"""Where a rank is and since when, and where its time went, for who looks from outside. Standard library alone; entering
+costs a few microseconds.
 
-A file of a few bytes that is mapped, so that it tells also of a rank that is stopped, or waits in native code. Times
-are time.monotonic(), which is the same for all processes of a host.
+A file of a few bytes that is mapped, so that it tells also of a rank that is stopped, waits in native code, or was
+killed. Times are time.monotonic(), which is the same for all processes of a host.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import mmap
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 PHASES = (
@@ -27,7 +28,9 @@ PHASES = (
 PARTS = ("", "data", "forward", "backward", "exchange", "update")
 """Of a step, in this order. Ranks wait for each other in `backward` and `exchange`."""
 
-_BEAT = struct.Struct("<QIIQdd")
+UNKNOWN = -1  # no step yet from which it trains
+
+_BEAT = struct.Struct(f"<QIIQddqd{len(PHASES)}d")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ class Beat:
     """When it moved last."""
     own_s: float
     """Seconds of the last whole step that went by before the rank first waited for others; 0 where nobody knows."""
+    from_step: int | None = None
+    """After how many steps this attempt began to train; None before it did."""
+    began_at: float = 0.0
+    """Unix time."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase from `began_at` to `since`, which they add up to. `save` is time that the training waited."""
 
 
 class Pulse:
@@ -57,6 +66,14 @@ class Pulse:
         self.own_s = 0.0
         """Of the step that is being made, or of the last one."""
         self._began: float | None = None
+        self._phase, self._since, self._began_at = 0, time.monotonic(), time.time()
+        self._from_step = UNKNOWN
+        self._spent = [0.0] * len(PHASES)
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Seconds by phase until it moved last."""
+        return {phase: seconds for phase, seconds in zip(PHASES, self._spent, strict=True) if seconds}
 
     def enter(self, phase: str, step: int = 0, part: str = "") -> None:
         """It moves on: to another phase, step or part of it, or to the next batch of the same."""
@@ -65,17 +82,28 @@ class Pulse:
             self._began = now
         elif part == "exchange":
             self._began = None
+        self._spent[self._phase] += now - self._since
+        self._phase, self._since = PHASES.index(phase), now
+        if phase == "first-step" and self._from_step == UNKNOWN:
+            self._from_step = step
         self._count += 1
         # The count goes first to an odd number, so that who reads in between sees that it is not whole.
         self._map[:8] = struct.pack("<Q", 2 * self._count - 1)
-        place = PHASES.index(phase), PARTS.index(part), step, now, self.own_s
-        self._map[8:] = _BEAT.pack(0, *place)[8:]
+        place = self._phase, PARTS.index(part), step, now, self.own_s, self._from_step, self._began_at
+        self._map[8:] = _BEAT.pack(0, *place, *self._spent)[8:]
         self._map[:8] = struct.pack("<Q", 2 * self._count)
 
     def waits(self) -> None:
         """From here on the step waits for other ranks."""
         if self._began is not None:
             self.own_s, self._began = time.monotonic() - self._began, None
+
+    def blocked(self, seconds: float) -> None:
+        """So many seconds of its steps so far were spent waiting for a save."""
+        step, save = PHASES.index("step"), PHASES.index("save")
+        seconds = max(0.0, min(seconds, self._spent[step]))
+        self._spent[step] -= seconds
+        self._spent[save] += seconds
 
 
 def read_beat(path: Path) -> Beat | None:
@@ -85,7 +113,9 @@ def read_beat(path: Path) -> Beat | None:
             data = path.read_bytes()
             if len(data) != _BEAT.size:
                 return None
-            count, phase, part, step, since, own_s = _BEAT.unpack(data)
+            count, phase, part, step, since, own_s, from_step, began_at, *spent = _BEAT.unpack(data)
             if count and count % 2 == 0 and phase < len(PHASES) and part < len(PARTS):
-                return Beat(count // 2, PHASES[phase], PARTS[part], step, since, own_s)
+                place = count // 2, PHASES[phase], PARTS[part], step, since, own_s
+                known = {name: seconds for name, seconds in zip(PHASES, spent, strict=True) if seconds}
+                return Beat(*place, None if from_step == UNKNOWN else from_step, began_at, known)
     return None

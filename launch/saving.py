@@ -72,6 +72,9 @@ class Saving:
         self._auto_s = interval(FIRST_BLOCKED_S, FIRST_SAVE_S, self._mtbf_s)
         self._last = time.monotonic()
         self._saved_at: int | None = None
+        self._saves: dict[int, tuple[dict[str, float], float]] = {}
+        """Step → seconds by phase before its save, and for how long the call held training up: until it is known what
+        became of it."""
 
     @property
     def attempt(self) -> int:
@@ -143,7 +146,8 @@ class Saving:
         if self._saved_at != step:
             self._last = time.monotonic()
             self._progress.phase("save", step, samples=consumed)
-            self._checkpoints.save(
+            spent = self._progress.pulse.spent
+            held_up_s = self._checkpoints.save(
                 step,
                 consumed,
                 loop=state.model_dump(mode="json", exclude_none=True),
@@ -152,7 +156,10 @@ class Saving:
                 wait=wait,
             )
             self._saved_at = step
+            self._saves[step] = spent, held_up_s
         self.tell()
+        if wait:
+            self._progress.pulse.enter("done", step)
 
     def await_copy(self) -> None:
         """Before weights change other than by the optimizer: the last save may still be copying them."""
@@ -180,6 +187,11 @@ class Saving:
         for note in self._checkpoints.news():
             if note.outcome == "committed" and note.blocked_s is not None and note.save_s is not None:
                 self._auto_s = interval(note.blocked_s, note.save_s, self._mtbf_s)
+            if note.outcome in ("committed", "failed"):
+                spent, held_up_s = self._saves.pop(note.step, (None, 0.0))
+                # Where a step had to wait for the copy, that was no training.
+                self._progress.pulse.blocked((note.blocked_s or 0.0) - held_up_s)
+                note = note.model_copy(update={"spent": spent})
             if note.outcome == "failed" and note.step == self._saved_at:
                 self._saved_at = None  # a planned stop at this step tries again
             if self._rank == 0:

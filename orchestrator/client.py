@@ -25,7 +25,9 @@ from orchestrator.errors import (
 from orchestrator.job.lifecycle import JobState
 from orchestrator.job.spec import AnyJob
 from orchestrator.views import (
+    AccountView,
     AttemptView,
+    ClusterAccount,
     DryRun,
     EventView,
     JobView,
@@ -61,6 +63,7 @@ EVENTS = 1000  # at a time
 POLL_S = 0.3
 AWAY_S = 60.0
 ARRAY_S = 300.0  # a thousand jobs are looked at before they are stored
+ACCOUNTS_S = 300.0  # a second or so for every thousand jobs
 MAX_JOBS = 10_000
 
 
@@ -167,6 +170,16 @@ class Client:
     def why(self, job_id: str) -> WhyView:
         """Why a job is where it is, and when it is expected to start."""
         return self._ask(WhyView, "GET", f"/v1/jobs/{job_id}/why")
+
+    def goodput_of(self, job_id: str) -> AccountView:
+        """Where a job's time went."""
+        return self._ask(AccountView, "GET", f"/v1/jobs/{job_id}/goodput")
+
+    def goodput(self, last_s: float, bins: int = 0) -> ClusterAccount:
+        """Where the slots of the cluster went in the last `last_s` seconds, also in so many `bins` of time. Raises
+        SpecError where too many jobs are of that time."""
+        params = {"last_s": last_s, "bins": bins}
+        return self._ask(ClusterAccount, "GET", "/v1/goodput", params=params, timeout=ACCOUNTS_S)
 
     def queues(self) -> list[QueueView]:
         """The queues of which something was said, and those that have live jobs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -51,6 +51,11 @@ class Settings(BaseSettings):
 
     rules: dict[str, bool | float] = {}
     """How the queue is ordered, and who is stopped for whom: JSON of what is to be otherwise, as {"min_run_s": 60}."""
+    prices: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
+    """What an hour of a slot costs, by its kind: JSON as {"H100": 2.5, "cpu": 0.04}. What holds a slot without a price
+    has no cost."""
+    currency: str | None = None
+    """The name of the money that prices are in."""
 
     def __init__(self, **values: Any) -> None:
         """Raises SettingsError: a variable has a value that it cannot have."""

@@ -177,3 +177,119 @@ class DryRun(View):
     plan: ExecutionPlan
     waits: str | None
     """Why it would not start at once; null if it would."""
+
+
+class EnergyView(View):
+    """What counters told, of attempts that have ended; null where none did. Nothing is estimated."""
+
+    gpu_kwh: float | None = None
+    """Of the GPUs that attempts held."""
+    cpu_kwh: float | None = None
+    """Of the processors of nodes that an attempt held alone."""
+    measured: int = 0
+    """Attempts of which one of the two is known."""
+    ended: int = 0
+    """Of so many."""
+
+
+class UseView(View):
+    """Where time went. Seconds are those of jobs, slot-seconds the same times their processes; a slot is a GPU, or what
+    a node without GPUs takes a rank on."""
+
+    seconds: dict[str, float]
+    """By category: recover.ledger.Category."""
+    slot_seconds: dict[str, float]
+    useful: float | None = None
+    """Training, as a share of the slot-seconds that were held; null where nothing was told of it."""
+    lost_slot_s: float
+    """Held for work that was done again, or for start-up: the sum of the three."""
+    lost_to_preemption_slot_s: float
+    lost_to_failures_slot_s: float
+    lost_to_startup_slot_s: float
+    slot_hours: dict[str, float]
+    """By kind of slot: cpu, or a type of GPU."""
+    gpu_hours: float
+    cost: float | None = None
+    """Null where no price is configured of something that was held."""
+    energy: EnergyView = EnergyView()
+
+
+class StintView(View):
+    """An attempt in an account."""
+
+    number: int
+    processes: int
+    kinds: dict[str, int]
+    """Processes by kind of slot."""
+    since: float
+    until: float
+    ended: str | None = None
+    """How, in a few words; null while it lives."""
+    from_step: int | None = None
+    """After how many steps it began to train; null if it did not, or did not tell."""
+    step: int | None = None
+    """The last that it was at."""
+    kept_step: int | None = None
+    """Up to which step its work has stayed, where some of it has not: the rest is done again."""
+    seconds: dict[str, float]
+    energy: EnergyView = EnergyView()
+
+
+class SpanView(View):
+    """A stretch of a job's time; several categories are spread over it."""
+
+    since: float
+    until: float
+    attempt: int | None = None
+    seconds: dict[str, float]
+
+
+class AccountView(UseView):
+    """Where the time of a job went: its seconds add up to `until` less `since`."""
+
+    job: str
+    queue: str
+    state: JobState
+    since: float
+    """Its submission, in unix time."""
+    until: float
+    """Its end, or now."""
+    wall_s: float
+    goodput: float | None = None
+    """Training, as a share of the time since its first start; null if it never started, or told nothing."""
+    currency: str | None = None
+    attempts: tuple[StintView, ...] = ()
+    spans: tuple[SpanView, ...] = ()
+
+
+class QueueAccount(UseView):
+    queue: str
+    jobs: int
+
+
+class BinView(View):
+    """A stretch of a cluster's time."""
+
+    since: float
+    until: float
+    slot_seconds: dict[str, float]
+    """By category, of all jobs."""
+    offered_slot_s: float | None = None
+    """Null where it is not known for all of it."""
+
+
+class ClusterAccount(View):
+    """Where the slots of a cluster went in a time."""
+
+    since: float
+    until: float
+    total: UseView
+    queues: tuple[QueueAccount, ...] = ()
+    known_since: float | None = None
+    """From when on it is known which slots there were; null for nothing."""
+    offered_slot_s: dict[str, float] = {}
+    """By kind, since then."""
+    idle_slot_s: dict[str, float] = {}
+    """What nobody held of them."""
+    currency: str | None = None
+    bins: tuple[BinView, ...] = ()

@@ -118,7 +118,8 @@ def is_up(settings: Settings, record: YardRecord | None) -> bool:
 
 
 def up(settings: Settings, nodes: int, executor: str) -> YardRecord:
-    """Bring the yard up; what already runs is kept, so that this also restarts a controller that died.
+    """Bring the yard up; what already runs is kept, so that this also restarts a controller that died, with the
+    executor that the yard was made with.
 
     Raises:
         YardError: something did not start; its log is named.
@@ -126,7 +127,8 @@ def up(settings: Settings, nodes: int, executor: str) -> YardRecord:
     record = read_yard(settings)
     if record is not None and is_up(settings, record):
         return record
-    if record is None or not any(process.alive for process in record.ray):
+    # Without Ray there is nothing but attempts beside the controller, and those are adopted.
+    if record is None or (record.executor == "ray" and not any(process.alive for process in record.ray)):
         if record is not None:
             end_all(ENV_YARD, record.id)
         record = YardRecord(id=secrets.token_hex(6), url=_url(settings), executor=executor)

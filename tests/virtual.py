@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from launch.contract import ProgressLine, RankExit, RunContract, StopRequest
 from orchestrator.cluster.model import Node
-from orchestrator.cluster.status import AttemptStatus, NodeReport
+from orchestrator.cluster.status import AttemptStatus, NodeReport, Spent
 from orchestrator.errors import ExecutorError
 
 
@@ -20,6 +20,7 @@ class Gang:
     stop: StopRequest | None = None
     exits: dict[int, RankExit] = field(default_factory=dict)
     told: list[ProgressLine] = field(default_factory=list)
+    spent: Spent | None = None
 
     @property
     def ended(self) -> bool:
@@ -70,6 +71,7 @@ class World:
                     # One a look, and a line is a byte: how often one tells what, rank 0's node decides.
                     news=tuple(gang.told[offset : offset + 1]) if gang and index == 0 and reachable else (),
                     offset=min(offset + 1, len(gang.told)) if gang and index == 0 and reachable else offset,
+                    spent=gang.spent if gang and reachable else None,
                 )
             )
         return AttemptStatus(reports=tuple(reports))

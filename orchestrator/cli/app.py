@@ -12,6 +12,7 @@ from orchestrator.cli import (
     data,
     describe,
     doctor,
+    goodput,
     init,
     logs,
     ls,
@@ -82,6 +83,7 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.command("nodes")(nodes.nodes)
 app.command("queue")(queue.queue)
 app.command("why")(queue.why)
+app.command("goodput")(goodput.goodput)
 app.command("cordon")(cordon.cordon)
 app.command("drain")(cordon.drain)
 app.command("uncordon")(cordon.uncordon)

@@ -39,6 +39,46 @@ class Stall(BaseModel):
     stack: str | None = None
 
 
+class Spent(BaseModel):
+    """Where rank 0's time went, as its pulse told. Stored beside its attempt, whose directory may be gone one day."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    began_at: float
+    """Unix time."""
+    seconds: dict[str, float] = {}
+    """By phase (launch.pulse), from `began_at` until it moved last."""
+    phase: str
+    """What it has been doing since then."""
+    step: int = 0
+    from_step: int | None = None
+    """After how many steps the attempt began to train; null before it did."""
+    failed_at: float | None = None
+    """When the first of the ranks failed, if one did and said so."""
+
+
+class Energy(BaseModel):
+    """What counters of a node told of the time of an attempt, in joules; null where there is no counter."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    gpu_j: float | None = None
+    """Of the GPUs that the attempt held there."""
+    cpu_j: float | None = None
+    """Of all processors of the node, whoever used them."""
+
+
+class Slots(BaseModel):
+    """What a node takes of ranks."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    kind: str
+    """cpu, or a type of GPU."""
+    slots: int
+
+
 class NodeReport(BaseModel):
     """What is known of an attempt on one of its nodes."""
 
@@ -62,6 +102,10 @@ class NodeReport(BaseModel):
     """Up to where its progress was read for them; to go on from."""
     stalls: tuple[Stall, ...] = ()
     """Where its ranks stand, while one does not move."""
+    spent: Spent | None = None
+    """The node's first rank's."""
+    energy: Energy | None = None
+    """Of an attempt that has ended here."""
 
 
 class AttemptStatus(BaseModel):
@@ -112,3 +156,13 @@ class AttemptStatus(BaseModel):
     @property
     def offset(self) -> int:
         return self.reports[0].offset if self.reports else 0
+
+    @property
+    def spent(self) -> Spent | None:
+        """Where rank 0's time went."""
+        return self.reports[0].spent if self.reports else None
+
+    @property
+    def energy(self) -> tuple[Energy | None, ...]:
+        """What each node's counters told, once it has ended there."""
+        return tuple(report.energy for report in self.reports)

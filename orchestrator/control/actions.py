@@ -8,6 +8,7 @@ from typing import Any
 
 from launch.contract import ExecutionPlan, ProgressLine, StopRequest
 from orchestrator.cluster.model import Placement
+from orchestrator.cluster.status import Energy, Spent
 from orchestrator.job.lifecycle import JobState, Reason
 from orchestrator.memory.alike import Peak
 from orchestrator.memory.ladder import Relief
@@ -71,6 +72,8 @@ class NoteProgress:
     progress: ProgressLine | None
     offset: int
     """Bytes of rank 0's progress in which there is no checkpoint that is not noted."""
+    spent: Spent | None = None
+    """Where its time went, if more is known of that."""
     notes: tuple[Note, ...] = ()
 
 
@@ -132,6 +135,10 @@ class EndAttempt:
     avoid: tuple[str, ...] = ()
     """Nodes, by id, that the next attempt is to keep away from."""
     peak: Peak | None = None
+    spent: Spent | None = None
+    """Where its time went, to its end."""
+    energy: tuple[Energy | None, ...] | None = None
+    """What each node's counters told."""
     notes: tuple[Note, ...] = ()
 
 

@@ -33,6 +33,7 @@ from orchestrator.control.admission import Admission
 from orchestrator.control.board import Board
 from orchestrator.control.dispatch import dispatch
 from orchestrator.control.facts import Facts, Policy, State
+from orchestrator.control.inventory import Inventory
 from orchestrator.control.reconcile import reconcile
 from orchestrator.control.rules import rules_of
 from orchestrator.control.stops import PREEMPT
@@ -81,6 +82,7 @@ class Controller:
         )
         self._admission = Admission(store, executor, settings, clock)
         self._board: Board | None = None
+        self._inventory = Inventory()
         self._jobs: dict[str, JobRow] = {}
         self._created: dict[tuple[str, int], float] = {}
 
@@ -109,6 +111,7 @@ class Controller:
         """Let another controller act at once. Attempts go on."""
         self.tracer.close()
         if self.lease is not None:
+            self._inventory.close(self.store, self.lease, self.clock())
             self.store.release_lease(self.lease)
             self.lease = self._board = None
 
@@ -126,6 +129,7 @@ class Controller:
             return []
         if self._board is None:
             self._board = Board(self._policy.rules, history_of(self.store))
+            self._inventory = Inventory()
         self._jobs = self.store.live_jobs(self._jobs)
         state = self._state(self._jobs)
         try:
@@ -133,6 +137,7 @@ class Controller:
         except ExecutorError as problem:
             log.error("the cluster cannot be asked", error=problem.message)
             return []
+        self._inventory.note(self.store, self.lease, facts.nodes, self.clock())
         actions = self._carry_out(reconcile(state, facts, self.clock(), self._policy), state, self.lease)
         if not all(isinstance(action, SIGNS) for action in actions):
             # Who goes back to the queue stands in it before its slots are given away.
@@ -221,7 +226,8 @@ class Controller:
                     if isinstance(action, Explain):
                         write.explain(action.job_id, action.reason)
                     else:
-                        write.set_progress(action.job_id, action.number, action.progress, action.offset, now)
+                        told_of = action.progress, action.offset, now, action.spent
+                        write.set_progress(action.job_id, action.number, *told_of)
                         for note in action.notes:
                             write.event(action.job_id, action.number, now, note.kind, note.data)
         return actions
@@ -263,7 +269,8 @@ class Controller:
     def _end(self, action: EndAttempt, lease: Lease, contract: RunContract, now: float) -> None:
         self.executor.release(contract)
         with self.store.acting(lease) as write:
-            write.set_attempt(action.job_id, action.number, AttemptState.ENDED, now, outcome=action.outcome.value)
+            told_of = action.outcome.value, action.spent, action.energy
+            write.end_attempt(action.job_id, action.number, now, *told_of)
             processes = contract.plan.world_size
             counts = {"failed": action.failed, "progressed": action.progressed}
             write.count_attempt(action.job_id, action.number, now, processes=processes, **counts)

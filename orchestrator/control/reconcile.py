@@ -26,7 +26,7 @@ from orchestrator.control.dispatch import over_time
 from orchestrator.control.facts import Facts, Policy, State
 from orchestrator.control.fitting import after_out_of_memory, device_kind, peak_of
 from orchestrator.control.hangs import STACKS_S, cause, hanging, judged, slow_rank
-from orchestrator.control.result import job_error, job_result, metrics_sentence
+from orchestrator.control.result import job_error, job_result, last_spent, metrics_sentence
 from orchestrator.control.stops import PAUSE, PAUSING, paused, planned, stopped, stopping
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
 from orchestrator.recover.classify import ELSEWHERE, RETRIED, Outcome, Verdict, back_off, judge, may_retry
@@ -102,7 +102,9 @@ def _attempt(
     progress = status.progress
     changed = progress is not None and progress != attempt.progress
     if (changed and now - attempt.last_contact >= PROGRESS_S) or now - attempt.last_contact >= SILENCE_S / 2:
-        yield NoteProgress(*key, progress if changed else None, status.offset, slow_rank(attempt, progress))
+        spent = status.spent if status.spent != attempt.spent else None
+        notes = slow_rank(attempt, progress)
+        yield NoteProgress(*key, progress if changed else None, status.offset, spent, notes)
 
 
 def _has_failed_in_part(status: AttemptStatus) -> bool:
@@ -137,8 +139,10 @@ def _end(
     """The end of an attempt of which nothing lives, and what is remembered of it."""
     exits = status.exits if status else []
     peak = peak_of(job, attempt, verdict, exits, device_kind(facts.nodes, attempt.held), now)
+    spent = last_spent(verdict, status, attempt.spent)
+    energy = status.energy if status is not None else None
     end = _goes_on(job, attempt, verdict, status, now)
-    return replace(end, peak=peak, progressed=progressed(job, attempt))
+    return replace(end, peak=peak, spent=spent, energy=energy, progressed=progressed(job, attempt))
 
 
 def _goes_on(

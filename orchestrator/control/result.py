@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.contract import ExitCode, RankExit, RunContract
+from orchestrator.cluster.status import AttemptStatus, Spent
 from orchestrator.recover.classify import Verdict
 
 
@@ -61,3 +62,11 @@ def metrics_sentence(exits: Sequence[RankExit]) -> str:
         if end.result is not None and end.result.metrics:
             return ", ".join(f"{name} {value:.4g}" for name, value in sorted(end.result.metrics.items()))
     return f"{sum(end.code == ExitCode.DONE for end in exits)} ranks ended well"
+
+
+def last_spent(verdict: Verdict, status: AttemptStatus | None, before: Spent | None) -> Spent | None:
+    """Where the time of an attempt went that has ended, and when it failed, if that is known."""
+    spent = (status.spent if status is not None else None) or before
+    if spent is None or verdict.first is None:
+        return spent
+    return spent.model_copy(update={"failed_at": verdict.first.time})

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from launch.attempt import ENV_HEARTBEAT, ENV_RUN_ID, HUNG, AttemptFiles, ExitCode, told_to_torch, write_atomically
+from orchestrator.execute.energy import Meter
 from orchestrator.execute.oom import Witness
 from orchestrator.execute.processes import inherited, is_alive, kill, of_run
 from orchestrator.execute.stall import Stacks, Watch, stack_in
@@ -52,6 +53,8 @@ class LaunchRequest:
     """How long a rank may stay in a part of a step, in place of patience that adapts; 0 is for ever."""
     standby: bool = False
     """Whether a standby may be its launcher: it trains, and no secret would lie in a standby's environment."""
+    gpus: tuple[int, ...] = ()
+    """Indices of the GPUs that it holds here."""
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
@@ -61,6 +64,7 @@ class LaunchRequest:
         data = json.loads(text)
         data["ranks"], data["argv"] = tuple(data["ranks"]), tuple(data["argv"])
         data["owner"] = tuple(data["owner"]) if data["owner"] else None
+        data["gpus"] = tuple(data.get("gpus", ()))
         return cls(**data)
 
 
@@ -82,6 +86,7 @@ class Member:
     _failed_at: float | None = None
     _over_at: float | None = None
     _beat_at: float = 0.0
+    _meter: Meter | None = None
 
     def __post_init__(self) -> None:
         self.files = AttemptFiles(self.request.run_dir)
@@ -102,6 +107,7 @@ class Member:
                 json.dump(claim, stream)
         except FileExistsError:
             return False
+        self._meter = Meter(self.request.gpus)
         for path, text in self.request.files.items():
             write_atomically(Path(path), text)
         self._beat(force=True)
@@ -168,6 +174,8 @@ class Member:
             self._beat_at = now
             for witness in self._witnesses.values():
                 witness.look()
+            if self._meter is not None:
+                self._meter.look()
 
     def _environment(self) -> dict[str, str]:
         """The agent's own, plus the request's."""
@@ -271,9 +279,8 @@ class Member:
                     end["signal"] = number
                     end["error"]["message"] = f"killed by {signal.Signals(number).name}"
                     write_atomically(self.files.exit(rank), json.dumps(end))
-        write_atomically(
-            self.files.agent_exit(self.request.node_index), json.dumps({"launcher_code": code, "time": time.time()})
-        )
+        told = {"launcher_code": code, "time": time.time(), "energy": self._meter.read() if self._meter else None}
+        write_atomically(self.files.agent_exit(self.request.node_index), json.dumps(told))
         self.ended = True
 
     def _launcher_tail(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,8 +11,9 @@ from pydantic import ValidationError
 
 from launch.attempt import AttemptFiles
 from launch.contract import ProgressLine, RankExit, RunContract, StopRequest
+from launch.pulse import read_beat
 from orchestrator.cluster.model import Node
-from orchestrator.cluster.status import AttemptStatus, NodeReport, Stall, StandbyReport
+from orchestrator.cluster.status import AttemptStatus, Energy, NodeReport, Spent, Stall, StandbyReport
 from orchestrator.errors import ExecutorError
 
 TAIL_BYTES = 8192
@@ -77,7 +79,26 @@ def read_report(contract: RunContract, node_index: int, offset: int, *, reachabl
         news=news,
         offset=offset,
         stalls=tuple(stall for rank in ranks if (stall := _read_stall(files.stall(rank))) is not None),
+        spent=read_spent(files.pulse(ranks[0])),
+        energy=read_energy(files.agent_exit(node_index)) if ended else None,
     )
+
+
+def read_spent(path: Path) -> Spent | None:
+    """Where a rank's time went, by its pulse; None if it has none (a user's own script)."""
+    beat = read_beat(path)
+    if beat is None:
+        return None
+    where = {"phase": beat.phase, "step": beat.step, "from_step": beat.from_step}
+    return Spent(began_at=beat.began_at, seconds=beat.spent, **where)
+
+
+def read_energy(path: Path) -> Energy | None:
+    """What the node's counters told of an attempt, by its agent's last word; None if that has nothing of it."""
+    try:
+        return Energy.model_validate(json.loads(path.read_bytes())["energy"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def last_progress(path: Path) -> ProgressLine | None:

@@ -47,4 +47,5 @@ def build_request(
         owner=owner,
         hang_s=contract.hang_s,
         standby=contract.spec is not None and not contract.env_from,
+        gpus=share.gpus,
     )

@@ -43,6 +43,7 @@ from orchestrator.schedule.explain import check_possible
 from orchestrator.schedule.gang import Gang
 from orchestrator.schedule.place import room_for
 from orchestrator.serve.administration import administer
+from orchestrator.serve.goodput import keep_accounts
 from orchestrator.serve.names import JobId
 from orchestrator.serve.outlook import foresee
 from orchestrator.serve.views import attempt_view, job_view
@@ -291,6 +292,7 @@ def create_app(controller: Controller, token: str) -> FastAPI:
 
     administer(guarded, controller)
     foresee(guarded, controller)
+    keep_accounts(guarded, controller)
     app.include_router(guarded)
     return app
 

@@ -232,7 +232,7 @@ class Jobs(Database):
             (light, [job_id for job_id in wanted if job_id in known]),
             (list(table.c), [job_id for job_id in wanted if job_id not in known]),
         ):
-            for some in _batches(ids):
+            for some in batches(ids):
                 for row in connection.execute(sa.select(*columns).where(table.c.id.in_(some))).mappings():
                     old = known.get(row["id"])
                     yield JobRow.model_validate(dict(row)) if old is None else old.renewed(dict(row))
@@ -241,7 +241,7 @@ class Jobs(Database):
         table = schema.jobs
         return {
             row.id: JobState(row.state)
-            for some in _batches(sorted(set(job_ids)))
+            for some in batches(sorted(set(job_ids)))
             for row in connection.execute(sa.select(table.c.id, table.c.state).where(table.c.id.in_(some)))
         }
 
@@ -273,6 +273,7 @@ def _sums(rows: Mapping[str, JobRow]) -> tuple[int, int | None, int | None]:
     return len(rows), sum(row.version for row in rows.values()), sum(row.sequence for row in rows.values())
 
 
-def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+def batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """`ids` in pieces that fit into a query."""
     for start in range(0, len(ids), AT_ONCE):
         yield ids[start : start + AT_ONCE]

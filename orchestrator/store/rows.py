@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from launch.contract import ExecutionPlan, Origin, ProgressLine, RunContract, StopRequest
 from orchestrator.cluster.model import Placement
+from orchestrator.cluster.status import Energy, Slots, Spent
 from orchestrator.job.checkpoint import LastCheckpoint
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason
 from orchestrator.job.spec import AnyJob, parse_job
@@ -97,6 +98,10 @@ class AttemptRow(Row):
     predicted: dict[str, Any] | None = None
     progress: ProgressLine | None
     progress_offset: int = 0
+    spent: Spent | None = None
+    """Where its time went; None where nobody told."""
+    energy: tuple[Energy | None, ...] | None = None
+    """What each of its nodes told of that, in their order."""
 
     @cached_property
     def run(self) -> RunContract:
@@ -169,6 +174,14 @@ class HistoryRow(Row):
     """All attempts together."""
     succeeded: bool
     time: float
+
+
+class InventoryRow(Row):
+    """Which slots there were from then on."""
+
+    time: float
+    nodes: dict[str, Slots]
+    """By node id."""
 
 
 class Lease(Row):

@@ -19,7 +19,7 @@ from sqlalchemy import (
     Text,
 )
 
-HEAD = "0005"
+HEAD = "0007"
 
 metadata = MetaData(
     naming_convention={
@@ -93,6 +93,8 @@ attempts = Table(
     Column("progress", JSON, nullable=True),  # newest ProgressLine of rank 0
     # Bytes of rank 0's progress whose checkpoints are events.
     Column("progress_offset", BigInteger, nullable=False, server_default="0"),
+    Column("spent", JSON(none_as_null=True), nullable=True),  # cluster.status.Spent
+    Column("energy", JSON(none_as_null=True), nullable=True),  # cluster.status.Energy of each node, once it has ended
     Index("ix_attempts_state", "state"),
 )
 
@@ -161,6 +163,16 @@ history = Table(
     Column("time", Float, nullable=False),
     Index("ix_history_queue", "queue"),
     Index("ix_history_time", "time"),
+)
+
+# Which slots there were: a row whenever that changes, which holds until the next.
+inventories = Table(
+    "inventories",
+    metadata,
+    Column("id", Integer, Identity(), primary_key=True),
+    Column("time", Float, nullable=False),
+    Column("nodes", JSON, nullable=False),  # node id → cluster.status.Slots
+    Index("ix_inventories_time", "time"),
 )
 
 leases = Table(

@@ -11,6 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from orchestrator.errors import LeaseLostError
 from orchestrator.memory.alike import Peak
 from orchestrator.store import schema
+from orchestrator.store.accounts import Accounts
 from orchestrator.store.administration import Administration
 from orchestrator.store.jobs import Jobs
 from orchestrator.store.rows import AttemptRow, EventRow, HistoryRow, Lease
@@ -19,7 +20,7 @@ from orchestrator.store.transaction import Transaction
 CONTROLLER = "controller"
 
 
-class Store(Jobs, Administration):
+class Store(Jobs, Administration, Accounts):
     """One database, SQLite (WAL) or PostgreSQL. Safe to use from several threads and processes."""
 
     def prepare(self) -> None:

@@ -12,6 +12,7 @@ from sqlalchemy.engine import Connection
 
 from launch.contract import ProgressLine, RunContract, StopRequest, dumps
 from orchestrator.cluster.model import Placement
+from orchestrator.cluster.status import Energy, Slots, Spent
 from orchestrator.job.checkpoint import LastCheckpoint, newest
 from orchestrator.job.lifecycle import (
     AttemptState,
@@ -126,6 +127,23 @@ class Transaction:
             columns["ended_at"] = now
         self._connection.execute(table.update().where(mine).values(state=state, **columns))
 
+    def end_attempt(
+        self,
+        job_id: str,
+        number: int,
+        now: float,
+        outcome: str,
+        spent: Spent | None = None,
+        energy: Sequence[Energy | None] | None = None,
+    ) -> None:
+        """An attempt of which nothing lives, where its time went, and what each node's counters told of energy."""
+        told: dict[str, Any] = {"outcome": outcome}
+        if spent is not None:
+            told["spent"] = spent.model_dump(mode="json")
+        if energy is not None and any(energy):
+            told["energy"] = [one and one.model_dump(mode="json") for one in energy]
+        self.set_attempt(job_id, number, AttemptState.ENDED, now, **told)
+
     def count_attempt(
         self, job_id: str, number: int, now: float, *, failed: bool, processes: int, progressed: bool = False
     ) -> None:
@@ -177,11 +195,22 @@ class Transaction:
             .values(checkpoint=sa.null() if last is None else last.model_dump(mode="json"))
         )
 
-    def set_progress(self, job_id: str, number: int, progress: ProgressLine | None, offset: int, now: float) -> None:
-        """The newest sign of life of an attempt's ranks, and how much of rank 0's progress holds no more news."""
+    def set_progress(
+        self,
+        job_id: str,
+        number: int,
+        progress: ProgressLine | None,
+        offset: int,
+        now: float,
+        spent: Spent | None = None,
+    ) -> None:
+        """The newest sign of life of an attempt's ranks, how much of rank 0's progress holds no more news, and where
+        its time went; what is None stays as it is."""
         columns: dict[str, Any] = {"last_contact": now, "progress_offset": offset}
         if progress is not None:
             columns["progress"] = dumps(progress)
+        if spent is not None:
+            columns["spent"] = spent.model_dump(mode="json")
         table = schema.attempts
         self._connection.execute(
             table.update().where(table.c.job_id == job_id, table.c.number == number).values(**columns)
@@ -212,6 +241,11 @@ class Transaction:
     def add_peak(self, peak: Peak) -> None:
         """What an attempt needed of memory."""
         self._connection.execute(schema.peaks.insert().values(**dumps(peak)))
+
+    def add_inventory(self, nodes: Mapping[str, Slots], now: float) -> None:
+        """Which slots there are from now on, by node id."""
+        told = {node: slots.model_dump(mode="json") for node, slots in nodes.items()}
+        self._connection.execute(schema.inventories.insert().values(time=now, nodes=told))
 
     def add_history(self, row: HistoryRow) -> None:
         """How long a job ran that ends."""

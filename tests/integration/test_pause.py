@@ -41,6 +41,7 @@ def without_controller(yard: Yard) -> Iterator[None]:
     until(lambda: not controller.alive)
     yield
     yard.run("up")
+    assert yard.record.executor == "local", "the yard is what it was made as, whatever the default is"
 
 
 def test_a_training_is_paused_and_resumed(yard: Yard, tmp_path: Path) -> None:

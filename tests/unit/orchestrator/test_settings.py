@@ -91,3 +91,15 @@ def test_the_yards_processes_get_the_path_of_rays_token_never_the_token(tmp_path
     assert env["TUNEYARD_PORT"] == "99"
     assert secret not in env.values()
     assert "RAY_AUTH_MODE" not in environment(settings, YardRecord(id="a", url="http://h:1", executor="local"))
+
+
+def test_prices_are_json_and_cannot_be_below_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (Settings().prices, Settings().currency) == ({}, None)
+    monkeypatch.setenv("TUNEYARD_PRICES", '{"H100": 2.5, "cpu": 0}')
+    monkeypatch.setenv("TUNEYARD_CURRENCY", "EUR")
+    assert (Settings().prices, Settings().currency) == ({"H100": 2.5, "cpu": 0.0}, "EUR")
+    for wrong in ('{"H100": -1}', '{"H100": NaN}', '{"H100": "much"}', "[]"):
+        monkeypatch.setenv("TUNEYARD_PRICES", wrong)
+        with pytest.raises(SettingsError) as caught:
+            Settings()
+        assert caught.value.field == "TUNEYARD_PRICES"

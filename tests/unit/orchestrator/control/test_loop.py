@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from launch.attempt import ExitCode
+from orchestrator.cluster.status import Spent
 from orchestrator.control.actions import EndAttempt, SendStop, StartAttempt
 from orchestrator.control.loop import Controller
 from orchestrator.settings import Settings
@@ -76,3 +77,32 @@ def test_room_that_was_left_to_a_gang_that_shrinks_is_not_given_away_when_it_end
     assert (stop.job_id, stop.target) == ("elastic", 2)
     scene.end("elastic.1", ExitCode.STOPPED)
     assert started(scene.tick(5.0)) == {"high": 2, "elastic": 2}
+
+
+def test_where_time_went_is_stored_while_an_attempt_runs_and_when_it_ends(scene: Scene) -> None:
+    scene.submit("job", a_training_job(2))
+    scene.tick()
+    gang = scene.world.gangs["job.1"]
+    gang.begun, gang.spent = True, Spent(began_at=scene.world.now, seconds={"load": 1.0}, phase="step", step=3)
+    scene.tick(2.0)
+    scene.tick(2.0)
+    assert scene.store.attempts("job")[0].spent == gang.spent
+    gang.spent = gang.spent.model_copy(update={"step": 9})
+    failed_at = scene.world.now
+    gang.exits = {0: an_exit(0, ExitCode.KILLED, failed_at), 1: an_exit(1, ExitCode.CRASH, failed_at + 1, echo=True)}
+    scene.tick(2.0)
+    assert scene.store.attempts("job")[0].spent == gang.spent.model_copy(update={"failed_at": failed_at})
+
+
+def test_what_was_told_of_a_lost_node_stays(scene: Scene) -> None:
+    scene.submit("job", a_training_job(2))
+    scene.tick()
+    gang = scene.world.gangs["job.1"]
+    gang.begun, gang.spent = True, Spent(began_at=scene.world.now, phase="step", step=3)
+    scene.tick(2.0)
+    scene.tick(2.0)
+    scene.world.up.clear()
+    for _ in range(20):
+        scene.tick(5.0)
+    row = scene.store.attempts("job")[0]
+    assert (row.outcome, row.spent) == ("node-lost", gang.spent)

@@ -69,7 +69,7 @@ def test_a_success_needs_every_rank(codes: list[ExitCode], world_size: int) -> N
 
 @pytest.mark.parametrize("outcome", list(Outcome))
 def test_only_what_was_nobodys_fault_is_tried_again(outcome: Outcome) -> None:
-    again = outcome in (Outcome.CRASHED, Outcome.KILLED, Outcome.NODE_LOST)
+    again = outcome in (Outcome.CRASHED, Outcome.KILLED, Outcome.NODE_LOST, Outcome.HUNG)
     assert may_retry(outcome, 1, 3) is again
     assert may_retry(outcome, 3, 3) is again
     assert may_retry(outcome, 4, 3) is False

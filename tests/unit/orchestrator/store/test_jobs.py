@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from launch.contract import CheckpointNote, Origin, ProgressLine, StopRequest
+from orchestrator.cluster.status import Spent
 from orchestrator.errors import ConflictError, NotFoundError
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
 from orchestrator.job.spec import AnyJob, ArrayElement
@@ -163,6 +164,8 @@ WRITES: dict[str, Callable[[Transaction], object]] = {
     "set_stop": lambda write: write.set_stop("a-1", 1, StopRequest(reason="r", deadline=9.0), 4.0, preempted_by="b-1"),
     "count_preemption": lambda write: write.count_preemption("a-1"),
     "count_attempt": lambda write: write.count_attempt("a-1", 1, 5.0, failed=False, processes=2),
+    "end_attempt": lambda write: write.end_attempt("a-1", 1, 5.0, "crashed", Spent(began_at=3.0, phase="step")),
+    "add_inventory": lambda write: write.add_inventory({}, 5.0),
     "add_peak": lambda write: write.add_peak(PEAK),
     "add_history": lambda write: write.add_history(
         HistoryRow(queue="q", name="job", processes=2, ran_s=1.0, succeeded=True, time=1.0)
