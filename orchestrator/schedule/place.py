@@ -205,8 +205,12 @@ def _anywhere(capacity: Capacity, mask: int, processes: int, accelerator: str, n
     if capacity.total(mask) < processes:
         return ()
     free = [(slots, nodes & mask) for slots, nodes in enumerate(capacity.with_free) if slots and nodes & mask]
+    some = 0
+    for _, nodes in free:
+        some |= nodes
     for level in capacity.ground.domains:
-        totals = ((sum(slots * (nodes & one).bit_count() for slots, nodes in free), one) for one in level)
+        used = (one for one in level if one & some)
+        totals = ((sum(slots * (nodes & one).bit_count() for slots, nodes in free), one) for one in used)
         for _, domain in sorted((total, one) for total, one in totals if total >= processes):
             taken: list[tuple[int, int]] = []
             left = processes
