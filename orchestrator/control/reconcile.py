@@ -142,7 +142,8 @@ def _end(
     spent = last_spent(verdict, status, attempt.spent)
     energy = status.energy if status is not None else None
     end = _goes_on(job, attempt, verdict, status, now)
-    return replace(end, peak=peak, spent=spent, energy=energy, progressed=progressed(job, attempt))
+    goes_on = progressed(job, attempt) and not end.job_state.final  # of one that is over, all failures are told
+    return replace(end, peak=peak, spent=spent, energy=energy, progressed=goes_on)
 
 
 def _goes_on(

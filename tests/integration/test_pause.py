@@ -13,7 +13,7 @@ import pytest
 from tests.worlds import write_bert, write_messages
 from tests.yards import Yard, a_yard, kill, until
 
-STEPS = 500
+STEPS = 1500
 EVERY = 10
 
 
