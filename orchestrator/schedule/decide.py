@@ -108,33 +108,31 @@ class _Pass:
 
     def _try(self, turn: Turn) -> bool:
         """Whether to look at the next of its line: it starts, or waits for something of its own."""
-        gang, level = turn.gang, turn.level
-        impossible = self._impossible(gang, turn.shape)
+        gang, queue, level, shape, modest = turn
+        impossible = self._impossible(gang, shape)
         if impossible is not None:
             self.waits.append(Wait(gang.job_id, impossible))
             return True
         if gang.group is not None and gang.at_once is not None and self.groups[gang.group] >= gang.at_once:
             self.waits.append(Wait(gang.job_id, explain.array_full(gang.at_once)))
             return True
-        queue = self.yard.queue(gang.queue)
         allowed = MANY if queue.ceiling is None and not self.yard.keepers else self._allowed(queue)
-        around = self.around.get(queue.name)
-        outlasts = around is not None and ends_by(self.yard, gang, self.now) > around.at
-        if around is not None and outlasts:
-            allowed = min(allowed, around.extra)
-        if turn.modest and queue.guaranteed is not None:
+        around, outlasts = self.around.get(queue.name), False
+        if around is not None and ends_by(self.yard, gang, self.now) > around.at:
+            allowed, outlasts = min(allowed, around.extra), True
+        if modest and queue.guaranteed is not None:
             allowed = min(allowed, queue.guaranteed - self.held[queue.name])
         if allowed < gang.min_processes:
             return self._over_quota(gang, queue, allowed)
-        if self._left() >= gang.min_processes and self._start(gang, turn.shape, allowed):
+        if self._left() >= gang.min_processes and self._start(gang, shape, allowed):
             if around is not None and outlasts:
                 around.extra -= self.starts[-1].placement.world_size
             return True
         stops: tuple[Stop, ...] = ()
-        if self._reachable(gang, level):
+        if self._reachable(gang, queue, level):
             if self.future is not None:  # nobody stops to get it what is reserved
                 self.future.shut = self.reserved if self._late(gang) else 0
-            if self._promised(gang, turn.shape, allowed):
+            if self._promised(gang, shape, allowed):
                 self.waits.append(Wait(gang.job_id, explain.room_is_made()))
                 return True
             stops = self._room(gang, level, allowed)
@@ -170,22 +168,24 @@ class _Pass:
             self.left = self.free.total(self.free.ground.open)
         return self.left
 
-    def _reachable(self, gang: Gang, level: int) -> bool:
+    def _reachable(self, gang: Gang, queue: Queue, level: int) -> bool:
         """Whether there could be room for a gang if all that may stopped for it; it may turn out otherwise."""
-        yard = self.yard
-        if yard.rules.preempt and self.now < gang.queued_at + yard.rules.patience_s:
-            self.patient_until = min(self.patient_until, gang.queued_at + yard.rules.patience_s)
+        rules = self.yard.rules
+        if rules.preempt and self.now < (until := gang.queued_at + rules.patience_s) < self.patient_until:
+            self.patient_until = until
         if self.soon is None:
             future = self.future if self.future is not None else self.free
             self.soon = future.total(future.ground.open)
-        if self.soon >= gang.min_processes:
+        wanted = gang.min_processes - self.soon
+        if wanted <= 0:
             return True
-        if not (yard.rules.preempt or yard.rules.resize):
+        if not (rules.preempt or rules.resize):
             return False
         if self.reach is None:
-            self.reach = Reach(yard, self.settled, self.now)
-        stops = self.reach.stops(gang, level) if yard.rules.preempt else 0
-        return self.soon + max(stops, self.reach.shrinks(gang)) >= gang.min_processes
+            self.reach = Reach(self.yard, self.settled, self.now)
+        if self.reach.shrinkable and self.reach.shrinks(gang) >= wanted:
+            return True
+        return rules.preempt and self.reach.stops(gang, queue, level) >= wanted
 
     def _late(self, gang: Gang) -> bool:
         """Whether a gang that starts now may still be there when the reservation begins."""

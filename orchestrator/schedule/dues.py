@@ -13,9 +13,11 @@ SPARE = 64
 class Dues:
     """When each of many jobs is to be looked at again. The last word on each counts."""
 
-    def __init__(self) -> None:
-        self._heap: list[tuple[float, str]] = []
-        self._at: dict[str, float] = {}
+    def __init__(self, at: dict[str, float] | None = None) -> None:
+        """`at` becomes its own."""
+        self._at = at if at is not None else {}
+        self._heap = [(at, job_id) for job_id, at in self._at.items()]
+        heapq.heapify(self._heap)
 
     def __len__(self) -> int:
         return len(self._at)

@@ -25,20 +25,47 @@ def shape_of(gang: Gang) -> Shape:
     return gang.min_processes, gang.most, gang.accelerator, (ways, gang.avoid) if gang.avoid else ways
 
 
-def level_of(gang: Gang, ran_s: float, waited_s: float, history: History, rules: Rules) -> int:
-    """0 is the best. Work is expected rank-seconds to the end, in powers of `level_factor`; waiting lifts."""
-    if gang.oracle_s is not None:
-        return max(0, _level(gang, max(gang.oracle_s - ran_s, 1.0), rules) - lifts(waited_s, rules))
-    return max(0, levels_of(gang, history, rules)[class_of(ran_s)] - lifts(waited_s, rules))
+class Levels:
+    """Levels of gangs, where 0 is the best. Work is expected rank-seconds to the end, in powers of `level_factor`."""
 
+    def __init__(self, history: History, rules: Rules) -> None:
+        self._history, self._rules = history, rules
+        self._version = history.version
+        self._found: dict[tuple[str, str, int], Sequence[int]] = {}
 
-def levels_of(gang: Gang, history: History, rules: Rules) -> Sequence[int]:
-    """Its level in each class of run times, before waiting lifts it."""
-    memo, expected_s = history.memo(gang)
-    key = gang.min_processes, rules.first_level_s, rules.level_factor, rules.levels
-    if key not in memo:
-        memo[key] = [_level(gang, expected, rules) for expected in expected_s]
-    return cast(Sequence[int], memo[key])
+    def of(self, gang: Gang) -> Sequence[int]:
+        """In each class of run times, before waiting lifts it."""
+        if self._version != self._history.version:
+            self._version, self._found = self._history.version, {}
+        alike = gang.queue, gang.name, gang.min_processes
+        found = self._found.get(alike)
+        if found is None:
+            found = self._found[alike] = self._look_up(gang)
+        return found
+
+    def at(self, gang: Gang, ran_s: float, lift: int) -> int:
+        """After it ran for so long, and with what waiting has lifted it by."""
+        if gang.oracle_s is not None:
+            return max(0, _level(gang, max(gang.oracle_s - ran_s, 1.0), self._rules) - lift)
+        return max(0, self.of(gang)[class_of(ran_s) if ran_s else 0] - lift)
+
+    def next_class_s(self, gang: Gang, ran_s: float, lift: int) -> float:
+        """The run time at which a gang is in another level; math.inf if it never is."""
+        levels = self.of(gang)
+        at = class_of(ran_s)
+        now = max(0, levels[at] - lift)
+        for later in range(at + 1, len(GRID)):
+            if max(0, levels[later] - lift) != now:
+                return GRID[later]
+        return math.inf
+
+    def _look_up(self, gang: Gang) -> Sequence[int]:
+        memo, expected_s = self._history.memo(gang)
+        rules = self._rules
+        key = gang.min_processes, rules.first_level_s, rules.level_factor, rules.levels
+        if key not in memo:
+            memo[key] = [_level(gang, expected, rules) for expected in expected_s]
+        return cast(Sequence[int], memo[key])
 
 
 def _level(gang: Gang, expected_s: float, rules: Rules) -> int:
@@ -47,21 +74,13 @@ def _level(gang: Gang, expected_s: float, rules: Rules) -> int:
     return min(level, rules.levels - 1)
 
 
-def next_class_s(gang: Gang, ran_s: float, waited_s: float, history: History, rules: Rules) -> float:
-    """The run time at which a gang is in another level; math.inf if it never is."""
-    levels, lift = levels_of(gang, history, rules), lifts(waited_s, rules)
-    at = class_of(ran_s)
-    now = max(0, levels[at] - lift)
-    return next((GRID[later] for later in range(at + 1, len(GRID)) if max(0, levels[later] - lift) != now), math.inf)
-
-
-def next_fall_s(gang: Gang, ran_s: float, waited_s: float, rules: Rules) -> float:
+def next_fall_s(gang: Gang, ran_s: float, lift: int, rules: Rules) -> float:
     """The run time at which a gang whose end is known is in a better level; math.inf if it never is."""
     assert gang.oracle_s is not None
     work = max(gang.oracle_s - ran_s, 1.0) * gang.min_processes / rules.first_level_s
     level = min(round(math.log(work, rules.level_factor)), rules.levels - 1) if work > 1 else 0
     left = rules.first_level_s * rules.level_factor ** (level - 0.5) / gang.min_processes
-    return gang.oracle_s - left if level > lifts(waited_s, rules) and left > 1 else math.inf
+    return gang.oracle_s - left if level > lift and left > 1 else math.inf
 
 
 def lifts(waited_s: float, rules: Rules) -> int:
@@ -69,9 +88,9 @@ def lifts(waited_s: float, rules: Rules) -> int:
     return int(2.0 ** min(waited_s / rules.starving_s, 32.0)) - 1
 
 
-def next_lift_s(waited_s: float, rules: Rules) -> float:
-    """How long the gang must have waited for another one."""
-    return rules.starving_s * math.log2(lifts(waited_s, rules) + 2)
+def next_lift_s(lift: int, rules: Rules) -> float:
+    """How long a gang must have waited for one more."""
+    return rules.starving_s * math.log2(lift + 2)
 
 
 def share_of(queue: Queue, held: int, more: int = 0) -> tuple[bool, float]:
@@ -113,15 +132,17 @@ class Lines:
 
     def fill(self, gangs: Iterable[tuple[Gang, int]]) -> None:
         """All at once, in place of what is there."""
-        self.classes = {}
+        lines: dict[tuple[int, str, Shape], list[Entry]] = {}
         for gang, level in gangs:
-            queues = self.classes.setdefault(gang.priority, {})
-            line = queues.setdefault(gang.queue, {}).setdefault(shape_of(gang), [])
+            key = gang.priority, gang.queue, shape_of(gang)
+            line = lines.get(key)
+            if line is None:
+                line = lines[key] = []
             line.append((level, gang.sequence, gang.job_id))
-        for queues in self.classes.values():
-            for shapes in queues.values():
-                for line in shapes.values():
-                    line.sort()
+        self.classes = {}
+        for (priority, queue, shape), line in lines.items():
+            line.sort()
+            self.classes.setdefault(priority, {}).setdefault(queue, {})[shape] = line
 
     def __iter__(self) -> Iterator[int]:
         """Classes, the highest first."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.cluster.capacity import Capacity, Fit
 from orchestrator.cluster.model import UNKNOWN_NEED, Need, Placement
-from orchestrator.schedule.gang import Gang, Held, Rules, Stop, Why
+from orchestrator.schedule.gang import Gang, Held, Queue, Rules, Stop, Why
 from orchestrator.schedule.order import borrows, share_of
 from orchestrator.schedule.place import least_room, room_after, room_for
 from orchestrator.schedule.standing import Loss
@@ -81,7 +82,8 @@ class Reach:
             if now >= held.since + yard.rules.min_run_for_class_s and (smaller := _smaller(held)):
                 self.shrinkable[held.gang.priority] += held.processes - smaller[-1]
         self._longer: dict[tuple[int, int], list[tuple[str, int]]] = {}
-        self._shares: dict[str, tuple[bool, float]] = {}
+        self._shares: dict[str, float] = {}
+        self._patience_s = yard.rules.patience_s
         self._lower: dict[int, int] = {}
         self._gone_for_class: Counter[int] = Counter()
         self._gone_for_level: Counter[tuple[int, int, str]] = Counter()
@@ -105,29 +107,41 @@ class Reach:
         """At most so many ranks are free when all have shrunk that may for `gang`."""
         return sum(ranks for priority, ranks in self.shrinkable.items() if priority <= gang.priority)
 
-    def stops(self, gang: Gang, level: int) -> int:
-        """The same, when all have stopped: see may_stop."""
-        for_class, gone = self.standing.for_class, self._gone_for_class
-        if gang.priority not in self._lower:
-            lower = [priority for priority in for_class if priority < gang.priority]
-            self._lower[gang.priority] = sum(for_class[priority] - gone[priority] for priority in lower)
-        total = self._lower[gang.priority]
-        mine = self.yard.queue(gang.queue)
+    def stops(self, gang: Gang, mine: Queue, level: int) -> int:
+        """The same, when all have stopped: see may_stop. `mine` is the gang's queue."""
+        priority = gang.priority
+        total = self._lower.get(priority)
+        if total is None:
+            total = self._lower[priority] = self._of_lower(priority)
         wanted = self.ranks[mine.name] + gang.min_processes
         if mine.guaranteed is not None and wanted <= mine.guaranteed:
-            return total + for_class[gang.priority] - gone[gang.priority]
-        if self.now < gang.queued_at + self.yard.rules.patience_s:
+            return total + self.standing.for_class[priority] - self._gone_for_class[priority]
+        if self.now < gang.queued_at + self._patience_s:
             return total
-        key = gang.priority, level
-        if key not in self._longer:
-            self._longer[key] = self._of_longer(*key)
-        share, shares = share_of(mine, wanted), self._shares
-        for name, held in self._longer[key]:
-            if name not in shares:
-                shares[name] = share_of(self.yard.queue(name), self.ranks[name])
-            if name == mine.name or share <= shares[name]:
+        longer = self._longer.get((priority, level))
+        if longer is None:
+            longer = self._longer[priority, level] = self._of_longer(priority, level)
+        share, shares, own = wanted / mine.weight, self._shares, mine.name
+        for name, held in longer:
+            if name == own:
+                total += held
+                continue
+            theirs = shares.get(name)
+            if theirs is None:
+                theirs = shares[name] = self._borrowed_share(name)
+            if share <= theirs:
                 total += held
         return total
+
+    def _borrowed_share(self, name: str) -> float:
+        """What a queue holds for its weight; below all others if it borrows nothing, so that nobody takes from it."""
+        queue, ranks = self.yard.queue(name), self.ranks[name]
+        return ranks / queue.weight if borrows(queue, ranks) else -math.inf
+
+    def _of_lower(self, priority: int) -> int:
+        """Ranks of lower classes."""
+        for_class, gone = self.standing.for_class, self._gone_for_class
+        return sum(ranks - gone[lower] for lower, ranks in for_class.items() if lower < priority)
 
     def _of_longer(self, priority: int, level: int) -> list[tuple[str, int]]:
         """Ranks of a class that are in later levels, by queue."""
@@ -194,7 +208,7 @@ def make_room(
         ]
         if elastic and (shrunk := _shrink(room, elastic, reach.now)) is not None:
             return shrunk
-    if not rules.preempt or free + reach.stops(gang, level) < gang.min_processes:
+    if not rules.preempt or free + reach.stops(gang, yard.queue(gang.queue), level) < gang.min_processes:
         return None
     why_of: dict[str, Why] = {}
     found = room.after(reach.victims(gang, level, stopped, why_of))

@@ -13,7 +13,7 @@ from orchestrator.job.lifecycle import Reason
 from orchestrator.schedule.dues import Dues
 from orchestrator.schedule.gang import Gang, Held, Queue, Rules
 from orchestrator.schedule.history import History, Kind, kind_of
-from orchestrator.schedule.order import AT_ONCE, Lines, Shape, level_of, next_class_s, next_fall_s, next_lift_s
+from orchestrator.schedule.order import AT_ONCE, Levels, Lines, Shape, lifts, next_fall_s, next_lift_s
 from orchestrator.schedule.standing import Standing
 
 MOMENT_S = 1e-3
@@ -49,6 +49,7 @@ class Yard:
         self.standing = Standing(self.rules, self.history)
         self._unnamed: dict[str, Queue] = {}
         self._kinds: dict[Kind, dict[str, None]] = {}
+        self._table = Levels(self.history, self.rules)
         self._levels: dict[str, int] = {}
         self._due = Dues()
         """When time alone changes a level."""
@@ -159,11 +160,7 @@ class Yard:
         version, self._version = self._version, self.history.version
         if not self._fresh or now < self._now:
             self._now, self._fresh = now, True
-            self._due, self._levels = Dues(), {}
-            self.standing = Standing(self.rules, self.history)
-            self.lines.fill((gang, self._level_waiting(gang)) for gang in self.waiting.values())
-            for held in self.running.values():
-                self._rate(held)
+            self._begin()
             return
         self._now = now
         if version != self._version:
@@ -202,25 +199,44 @@ class Yard:
         if not self._kinds[kind]:
             del self._kinds[kind]
 
+    def _begin(self) -> None:
+        """Levels, lines and standing of all that is here."""
+        levels = self._levels = {}
+        due: dict[str, float] = {}
+        soonest = self._now + MOMENT_S
+        for job_id, gang in self.waiting.items():
+            levels[job_id], at = self._waits(gang)
+            if at < math.inf:
+                due[job_id] = max(at + MOMENT_S, soonest)
+        self.lines.fill((gang, levels[job_id]) for job_id, gang in self.waiting.items())
+        self._due = Dues(due)
+        self.standing = Standing(self.rules, self.history)
+        for held in self.running.values():
+            self._rate(held)
+
+    def _waits(self, gang: Gang) -> tuple[int, float]:
+        """Level of a gang that waits, and until when."""
+        if gang.target is not None:
+            return AT_ONCE, math.inf
+        lift = lifts(gang.waited_s + max(0.0, self._now - gang.queued_at), self.rules)
+        level = self._table.at(gang, gang.ran_s, lift)
+        return level, gang.queued_at + next_lift_s(lift, self.rules) - gang.waited_s if level else math.inf
+
     def _level_waiting(self, gang: Gang) -> int:
-        waited = gang.waited_s + max(0.0, self._now - gang.queued_at)
-        level = AT_ONCE
-        if gang.target is None:
-            level = level_of(gang, gang.ran_s, waited, self.history, self.rules)
-        rises = level > 0
-        self._look_again(gang, gang.queued_at + next_lift_s(waited, self.rules) - gang.waited_s if rises else math.inf)
+        level, at = self._waits(gang)
+        self._look_again(gang, at)
         self._levels[gang.job_id] = level
         return level
 
     def _rate(self, held: Held) -> None:
         gang = held.gang
-        ran = gang.ran_s + max(0.0, self._now - held.since)
-        level = self._levels[gang.job_id] = level_of(gang, ran, gang.waited_s, self.history, self.rules)
+        ran, lift = gang.ran_s + max(0.0, self._now - held.since), lifts(gang.waited_s, self.rules)
+        level = self._levels[gang.job_id] = self._table.at(gang, ran, lift)
         self.standing.add(held, level, self._now)
         if gang.oracle_s is not None:
-            ran = next_fall_s(gang, ran, gang.waited_s, self.rules)
+            ran = next_fall_s(gang, ran, lift, self.rules)
         else:
-            ran = next_class_s(gang, ran, gang.waited_s, self.history, self.rules)
+            ran = self._table.next_class_s(gang, ran, lift)
         self._look_again(gang, held.since + ran - gang.ran_s)
 
     def _rate_again(self, job_id: str) -> None:

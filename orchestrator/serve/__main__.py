@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import signal
 import sys
 import threading
@@ -11,6 +10,7 @@ import threading
 import structlog
 import uvicorn
 
+from orchestrator.control.collector import collect_seldom
 from orchestrator.control.loop import Controller
 from orchestrator.errors import TuneyardError
 from orchestrator.execute.protocol import Executor
@@ -54,9 +54,7 @@ def serve(settings: Settings, executor_name: str, address: str) -> None:
             create_app(controller, token), host=settings.host, port=settings.port, log_level="warning", access_log=False
         )
     )
-    # What is loaded by now stays: a tick need not wait while the collector walks through all of it.
-    gc.collect()
-    gc.freeze()
+    collect_seldom()
     ended = False
 
     def on_signal(_signum: int, _frame: object) -> None:

@@ -28,7 +28,8 @@ def a_job(folder: Path, steps: int = STEPS) -> Any:
         strategy="ddp",
         model={"name_or_path": str(write_bert(folder / "bert")), "task": "sequence-classification"},
         data={"train": str(write_messages(folder / "messages.tsv")), "max_length": 32},
-        checkpoint={"every_steps": 3},
+        # A rank that is stopped while it saves would take the checkpoint along.
+        checkpoint={"every_steps": 3, "asynchronous": False},
         train={"max_steps": steps, "global_batch_size": 16, "learning_rate": 1e-3},
         retry={"hang_after": 6},
     )

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from orchestrator.schedule.decide import decide
 from orchestrator.schedule.gang import Gang, Queue, Rules
 from orchestrator.schedule.history import History
-from orchestrator.schedule.order import AT_ONCE, Lines, level_of, lifts, next_fall_s, next_lift_s, share_of
+from orchestrator.schedule.order import AT_ONCE, Levels, Lines, lifts, next_fall_s, next_lift_s, share_of
 from orchestrator.schedule.yard import Yard
 from tests.builders import a_gang, a_node, hold
 
 RULES = Rules()
-NOTHING = History()
+LEVELS = Levels(History(), RULES)
 
 
 def started(yard: Yard, *gangs: Gang, now: float = 0.0) -> list[str]:
@@ -76,10 +76,10 @@ def test_of_one_queue_the_level_and_then_the_order_of_submission() -> None:
 
 
 def test_levels_sink_with_what_was_run_and_with_ranks() -> None:
-    levels = [level_of(a_gang("j1"), ran, 0.0, NOTHING, RULES) for ran in (0, 1e3, 1e4, 1e5, 1e6, 1e7)]
+    levels = [LEVELS.at(a_gang("j1"), ran, 0) for ran in (0, 1e3, 1e4, 1e5, 1e6, 1e7)]
     assert levels == sorted(levels)
     assert levels[0] < levels[-1] == RULES.levels - 1
-    by_ranks = [level_of(a_gang("j1", ranks), 1e3, 0.0, NOTHING, RULES) for ranks in (1, 8, 64, 512)]
+    by_ranks = [LEVELS.at(a_gang("j1", ranks), 1e3, 0) for ranks in (1, 8, 64, 512)]
     assert by_ranks == sorted(by_ranks)
     assert by_ranks[0] < by_ranks[-1]
 
@@ -87,14 +87,14 @@ def test_levels_sink_with_what_was_run_and_with_ranks() -> None:
 def test_levels_rise_with_waiting_ever_sooner() -> None:
     gang = a_gang("j1", 64, ran_s=1e6)
     day = RULES.starving_s
-    levels = [level_of(gang, gang.ran_s, days * day, NOTHING, RULES) for days in (0, 0.99, 1, 1.58, 1.59, 2.0, 2.33, 9)]
+    levels = [LEVELS.at(gang, gang.ran_s, lifts(days * day, RULES)) for days in (0, 0.99, 1, 1.58, 1.59, 2.0, 2.33, 9)]
     assert levels == [5, 5, 4, 4, 3, 2, 1, 0]
 
 
 @given(st.floats(0, 1e9), st.floats(1, 1e6))
 def test_the_next_lift_is_the_next(waited: float, starving: float) -> None:
     rules = Rules(starving_s=starving)
-    have, at = lifts(waited, rules), next_lift_s(waited, rules)
+    have, at = lifts(waited, rules), next_lift_s(lifts(waited, rules), rules)
     if have < 1 << 20:
         assert at > waited * (1 - 1e-9)
         assert lifts(at * (1 + 1e-9), rules) == have + 1
@@ -106,9 +106,9 @@ def test_where_the_end_is_known_the_next_fall_is_the_next(ranks: int, whole: flo
     gang, ran = a_gang("j1", ranks, oracle_s=whole), whole * part
 
     def level(ran_s: float) -> int:
-        return level_of(gang, ran_s, waited, NOTHING, RULES)
+        return LEVELS.at(gang, ran_s, lifts(waited, RULES))
 
-    at = next_fall_s(gang, ran, waited, RULES)
+    at = next_fall_s(gang, ran, lifts(waited, RULES), RULES)
     if math.isfinite(at):
         assert ran <= at * (1 + 1e-9)
         assert level(at + 1e-3) < level(ran) or at >= whole - 1
