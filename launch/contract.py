@@ -173,6 +173,8 @@ class RunContract(Record):
     hang_s: float | None = None
     """How long a rank may stay in a part of a step before it counts as hung; None for patience that adapts, 0 for
     ever."""
+    log_patterns: tuple[str, ...] = ()
+    """What the node's agent looks for in the log of a rank that failed."""
     origin: Origin = Origin()
 
     @property
@@ -271,6 +273,10 @@ class RankExit(Record):
     time: float
     """Unix time; the earliest failure that is no echo is the cause."""
     signal: int | None = None
+    status: int | None = None
+    """Of a user's own command, if it is another one than `code`."""
+    found: tuple[str, ...] = ()
+    """Of the contract's log_patterns, those that the end of its log has; written by the node's agent."""
     error: RankError | None = None
     result: RankResult | None = None
 

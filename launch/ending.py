@@ -27,6 +27,7 @@ class Ending:
         error: RankError | None = None,
         result: RankResult | None = None,
         signal: int | None = None,
+        status: int | None = None,
     ) -> None:
         """Write how this rank ends; the first word counts, so trouble while leaving does not undo a result.
 
@@ -37,7 +38,8 @@ class Ending:
         if self._code is not None:
             return
         self._code = code
-        ended = RankExit(rank=self._rank, code=code, time=time.time(), signal=signal, error=error, result=result)
+        how = {"signal": signal, "status": status, "error": error, "result": result}
+        ended = RankExit(rank=self._rank, code=code, time=time.time(), **how)
         try:
             write_atomically(self._files.exit(self._rank), ended.model_dump_json(indent=2))
         except OSError as problem:

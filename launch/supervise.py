@@ -63,7 +63,7 @@ def run_command(contract: RunContract, files: AttemptFiles, rank: int, ending: E
             hint=f"its output is in {files.log(rank)}",
             traceback=trace,
         )
-        ending.record(ExitCode.CRASH, signal=by_signal, error=error)
+        ending.record(ExitCode.CRASH, signal=by_signal, status=None if by_signal else status, error=error)
 
 
 def last_traceback(log: Path) -> str | None:

@@ -33,6 +33,7 @@ from orchestrator.views import (
     JobView,
     MarkView,
     NodeView,
+    ProbeView,
     QueueLook,
     QueueView,
     WhyView,
@@ -64,6 +65,7 @@ POLL_S = 0.3
 AWAY_S = 60.0
 ARRAY_S = 300.0  # a thousand jobs are looked at before they are stored
 ACCOUNTS_S = 300.0  # a second or so for every thousand jobs
+PROBE_TIMEOUT_S = 900.0  # a hung one ends after three minutes, and rounds of neighbours follow
 MAX_JOBS = 10_000
 
 
@@ -200,6 +202,11 @@ class Client:
     def uncordon(self, name: str) -> None:
         """Let a node have attempts again. Raises ConflictError if it may have them."""
         self._call("POST", f"/v1/nodes/{name}/uncordon")
+
+    def probe(self, names: Sequence[str] = ()) -> list[ProbeView]:
+        """Probe nodes, all of them if none is named; takes half a minute or so. Raises NotFoundError."""
+        body = {"nodes": list(names)}
+        return self._ask(list[ProbeView], "POST", "/v1/probe", json=body, timeout=PROBE_TIMEOUT_S)
 
     def nodes(self) -> list[NodeView]:
         """The nodes that answer now."""

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from launch.contract import ExecutionPlan, NodeShare, ProgressLine
 from orchestrator.cluster.model import Node, Placement
-from orchestrator.cluster.status import StandbyReport
+from orchestrator.cluster.status import ProbeCheck, StandbyReport
 from orchestrator.job.checkpoint import LastCheckpoint
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason
 
@@ -76,7 +76,7 @@ class NodeView(Node):
     """Ranks that it can take now."""
     standbys: StandbyReport = StandbyReport()
     mark: str | None = None
-    """cordoned: it gets no new attempts; drained: and those on it go elsewhere"""
+    """cordoned: it gets no new attempts; drained: and those on it go elsewhere; suspect: cordoned until it is probed"""
     mark_reason: str | None = None
 
 
@@ -87,6 +87,14 @@ class MarkView(View):
     mark: str
     reason: str | None = None
     since: float
+
+
+class ProbeView(View):
+    """What a probe of a node has found."""
+
+    name: str
+    ok: bool
+    checks: tuple[ProbeCheck, ...]
 
 
 class QueueView(View):

@@ -20,6 +20,7 @@ from orchestrator.cli import (
     pause,
     plan,
     priority,
+    probe,
     queue,
     queues,
     reproduce,
@@ -87,6 +88,7 @@ app.command("goodput")(goodput.goodput)
 app.command("cordon")(cordon.cordon)
 app.command("drain")(cordon.drain)
 app.command("uncordon")(cordon.uncordon)
+app.command("probe")(probe.probe)
 app.command("simulate")(simulate.simulate)
 app.command("doctor")(doctor.doctor)
 app.command("schema")(schema.schema)

@@ -79,6 +79,68 @@ class Slots(BaseModel):
     slots: int
 
 
+class ProbeRequest(BaseModel):
+    """A probe of a node: by itself, or as one of several that sum with each other."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    directory: str
+    """On the disk that jobs use."""
+    rank: int = 0
+    size: int = 1
+    address: str = "127.0.0.1"
+    """Of rank 0."""
+    port: int = 0
+    neighbour: str = ""
+    """The other's name."""
+
+    @property
+    def options(self) -> list[str]:
+        """The words of `python -m launch.probe`."""
+        return [f"--{name}={value}" for name, value in self.model_dump(exclude={"id"}).items()]
+
+
+class ProbeCheck(BaseModel):
+    """What came of one check of a probe."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    ok: bool
+    told: str
+    value: float | None = None
+    unit: str | None = None
+
+
+TOGETHER = "all-reduce"
+"""How names of checks with a neighbour begin."""
+
+
+class ProbeReport(BaseModel):
+    """What a probe of a node has found."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    checks: tuple[ProbeCheck, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    @property
+    def sound(self) -> bool:
+        """Whether it may have attempts: if it fails with one neighbour and not with another, that one is bad."""
+        alone = [check for check in self.checks if not check.name.startswith(TOGETHER)]
+        together = [check.ok for check in self.checks if check.name.startswith(TOGETHER)]
+        return all(check.ok for check in alone) and (any(together) or not together)
+
+    @property
+    def sentence(self) -> str:
+        """What has failed."""
+        return "; ".join(f"{check.name}: {check.told}" for check in self.checks if not check.ok)
+
+
 class NodeReport(BaseModel):
     """What is known of an attempt on one of its nodes."""
 

@@ -161,6 +161,7 @@ class Admission:
             leash_s=self._leash,
             hang_s=None if job.retry.hang_after == "auto" else job.retry.hang_after,
             mtbf_s=mtbf_s,
+            log_patterns=job.retry.log_patterns,
             origin=row.origin or Origin(),
         )
 

@@ -56,7 +56,7 @@ class Board:
             self._kinds = kinds_of(nodes)
             self._gangs, self._attempts = {}, {}
             marked = {mark: [node.id for node in nodes if marks.get(node.name) == mark] for mark in Mark}
-            yard.set_nodes(nodes, closed=marked[Mark.CORDONED], drained=marked[Mark.DRAINED])
+            yard.set_nodes(nodes, closed=[*marked[Mark.CORDONED], *marked[Mark.SUSPECT]], drained=marked[Mark.DRAINED])
         if tuple(queues) != self._queues:
             self._queues = tuple(queues)
             yard.set_queues(queues)

@@ -37,6 +37,7 @@ from orchestrator.control.inventory import Inventory
 from orchestrator.control.reconcile import reconcile
 from orchestrator.control.rules import rules_of
 from orchestrator.control.stops import PREEMPT
+from orchestrator.control.suspicion import Suspicion
 from orchestrator.control.wishes import label_of, ways_of
 from orchestrator.errors import ExecutorError, LeaseLostError, StoreError
 from orchestrator.execute.protocol import Executor
@@ -49,7 +50,7 @@ from orchestrator.memory.sizing import Sizing
 from orchestrator.schedule.gang import Queue
 from orchestrator.schedule.history import Ran as JobRan
 from orchestrator.settings import Settings
-from orchestrator.store.rows import HistoryRow, JobRow, Lease
+from orchestrator.store.rows import HistoryRow, JobRow, Lease, NodeFault
 from orchestrator.store.store import Store
 from orchestrator.store.transaction import Transaction
 
@@ -83,6 +84,8 @@ class Controller:
         self._admission = Admission(store, executor, settings, clock)
         self._board: Board | None = None
         self._inventory = Inventory()
+        self._suspicion = Suspicion(store, executor, str(settings.root))
+        self._nodes: Sequence[Node] = ()
         self._jobs: dict[str, JobRow] = {}
         self._created: dict[tuple[str, int], float] = {}
 
@@ -130,6 +133,7 @@ class Controller:
         if self._board is None:
             self._board = Board(self._policy.rules, history_of(self.store))
             self._inventory = Inventory()
+            self._suspicion = Suspicion(self.store, self.executor, str(self.settings.root))
         self._jobs = self.store.live_jobs(self._jobs)
         state = self._state(self._jobs)
         try:
@@ -138,6 +142,8 @@ class Controller:
             log.error("the cluster cannot be asked", error=problem.message)
             return []
         self._inventory.note(self.store, self.lease, facts.nodes, self.clock())
+        self._nodes = facts.nodes
+        self._suspicion.look(facts.nodes, dict(state.marks), self.clock())
         actions = self._carry_out(reconcile(state, facts, self.clock(), self._policy), state, self.lease)
         if not all(isinstance(action, SIGNS) for action in actions):
             # Who goes back to the queue stands in it before its slots are given away.
@@ -272,8 +278,16 @@ class Controller:
             told_of = action.outcome.value, action.spent, action.energy
             write.end_attempt(action.job_id, action.number, now, *told_of)
             processes = contract.plan.world_size
-            counts = {"failed": action.failed, "progressed": action.progressed}
-            write.count_attempt(action.job_id, action.number, now, processes=processes, **counts)
+            failed = action.outcome.value if action.failed else None
+            write.count_attempt(
+                action.job_id, action.number, now, processes=processes, failed=failed, progressed=action.progressed
+            )
+            names = {node.id: node.name for node in self._nodes}
+            for node in action.avoid:
+                if node in names:
+                    fault = {"node": names[node], "job_id": action.job_id, "attempt": action.number, "time": now}
+                    write.add_node_fault(NodeFault(outcome=action.outcome.value, **fault))
+                    self._suspicion.aroused()
             if action.error is not None:
                 write.event(action.job_id, action.number, now, "attempt-error", action.error)
             for note in action.notes:

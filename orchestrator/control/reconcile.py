@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -29,7 +30,7 @@ from orchestrator.control.hangs import STACKS_S, cause, hanging, judged, slow_ra
 from orchestrator.control.result import job_error, job_result, last_spent, metrics_sentence
 from orchestrator.control.stops import PAUSE, PAUSING, paused, planned, stopped, stopping
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
-from orchestrator.recover.classify import ELSEWHERE, RETRIED, Outcome, Verdict, back_off, judge, may_retry
+from orchestrator.recover.classify import Outcome, Treatment, Verdict, back_off, judge, restarts_left, treatment_of
 from orchestrator.store.rows import AttemptRow, JobRow
 
 PROGRESS_S = 1.0  # at most one stored sign of life an attempt in so long
@@ -175,18 +176,22 @@ def _goes_on(
         if end.job_state == JobState.QUEUED and job.pause_requested:
             return replace(end, job_state=JobState.PAUSED, reason=paused(job, end.reason.sentence))
         return end
-    if job.pause_requested and RETRIED[outcome]:
+    treatment, retry = treatment_of(verdict, job.job.retry.rules), job.job.retry
+    if job.pause_requested and treatment.again:
         # Nobody asked for another start, so none is used up, and it is not too late for one.
         return EndAttempt(*key, outcome, JobState.PAUSED, paused(job, error["message"]), error=error)
     counts = not planned(attempt)
-    failures = counts + (0 if progressed(job, attempt) else job.failures)
-    if may_retry(outcome, failures, job.job.retry.max_restarts):
-        wait, avoid = back_off(failures), failed_on(attempt, verdict)
+    failed_by = Counter({} if progressed(job, attempt) else job.failed_by or {})
+    failed_by[outcome] += counts
+    left = restarts_left(outcome, failed_by, retry.max_restarts, retry.restarts)
+    if treatment.again and left >= 0:
+        wait, avoid = back_off(failed_by.total(), treatment), failed_on(attempt, verdict, treatment)
+        when = f"in {wait:.0f} s" if wait else "at once"
         where = ", on other nodes if they will do" if avoid else ""
         reason = Reason(
             code=ReasonCode.BACKING_OFF,
-            sentence=f"attempt {attempt.number} ended: {error['message']}; the next starts in {wait:.0f} s{where}",
-            remedy=f"restarts left: {job.job.retry.max_restarts - failures + 1}",
+            sentence=f"attempt {attempt.number} ended: {error['message']}; the next starts {when}{where}",
+            remedy=f"restarts left: {left + counts}",
         )
         return EndAttempt(
             *key, outcome, JobState.QUEUED, reason, failed=counts, not_before=now + wait, error=error, avoid=avoid
@@ -201,9 +206,9 @@ def progressed(job: JobRow, attempt: AttemptRow) -> bool:
     return saved is not None and saved.attempt == attempt.number
 
 
-def failed_on(attempt: AttemptRow, verdict: Verdict) -> tuple[str, ...]:
+def failed_on(attempt: AttemptRow, verdict: Verdict, treatment: Treatment) -> tuple[str, ...]:
     """The node that the next attempt is to keep away from, if the cause may lie in it."""
-    if verdict.first is None or verdict.outcome not in ELSEWHERE or planned(attempt):
+    if verdict.first is None or not treatment.elsewhere or planned(attempt):
         return ()
     nodes = attempt.run.nodes
     return tuple(nodes[index].node for index in range(len(nodes)) if verdict.first.rank in attempt.run.ranks_of(index))

@@ -20,10 +20,11 @@ import psutil
 from launch.attempt import AttemptFiles, write_atomically
 from launch.contract import RunContract, StopRequest
 from orchestrator.cluster.model import Node
-from orchestrator.cluster.status import AttemptStatus, NodeReport, StandbyReport
+from orchestrator.cluster.status import AttemptStatus, NodeReport, ProbeCheck, ProbeReport, ProbeRequest, StandbyReport
 from orchestrator.errors import ExecutorError
 from orchestrator.execute.gpus import local_gpus
 from orchestrator.execute.memory import host_memory
+from orchestrator.execute.probes import Probes
 from orchestrator.execute.processes import children_of, held_bytes, is_alive, of_run
 from orchestrator.execute.protocol import read_bytes, read_report
 from orchestrator.execute.request import build_request
@@ -51,6 +52,15 @@ def free_port() -> int:
     return free_ports(1)[0]
 
 
+def probed(probes: Probes, request: ProbeRequest) -> ProbeReport | None:
+    """Begin a probe of this machine, unless it has begun; what it has found, once it has."""
+    try:
+        told = probes.ask(request.id, request.options)
+    except OSError as problem:
+        return ProbeReport(checks=(ProbeCheck(name="probe", ok=False, told=f"it cannot be started: {problem}"),))
+    return None if told is None else ProbeReport.model_validate_json(told)
+
+
 class LocalExecutor:
     """This machine as a cluster of one node.
 
@@ -71,6 +81,7 @@ class LocalExecutor:
         self._standbys = standbys
         self._spares: list[subprocess.Popen[bytes]] = []
         self._quiet_until = 0.0
+        self._probes = Probes()
         self._lock = threading.Lock()  # the API asks for nodes, too
 
     def nodes(self) -> list[Node]:
@@ -96,6 +107,9 @@ class LocalExecutor:
 
     def free_ports(self, wanted: Mapping[str, int]) -> dict[str, list[int]]:
         return {node: free_ports(count) for node, count in wanted.items()}
+
+    def probe(self, asked: Mapping[str, ProbeRequest]) -> dict[str, ProbeReport | None]:
+        return {node: probed(self._probes, request) for node, request in asked.items()}
 
     def start(self, contracts: Sequence[RunContract]) -> dict[str, ExecutorError]:
         failed = {}

@@ -23,6 +23,7 @@ from launch.attempt import ENV_HEARTBEAT, ENV_RUN_ID, HUNG, AttemptFiles, ExitCo
 from orchestrator.execute.energy import Meter
 from orchestrator.execute.oom import Witness
 from orchestrator.execute.processes import inherited, is_alive, kill, of_run
+from orchestrator.execute.search import found_in, tail
 from orchestrator.execute.stall import Stacks, Watch, stack_in
 from orchestrator.execute.standby import Ordered, Standbys
 
@@ -55,6 +56,8 @@ class LaunchRequest:
     """Whether a standby may be its launcher: it trains, and no secret would lie in a standby's environment."""
     gpus: tuple[int, ...] = ()
     """Indices of the GPUs that it holds here."""
+    log_patterns: tuple[str, ...] = ()
+    """What is looked for in the logs of ranks that failed."""
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
@@ -65,6 +68,7 @@ class LaunchRequest:
         data["ranks"], data["argv"] = tuple(data["ranks"]), tuple(data["argv"])
         data["owner"] = tuple(data["owner"]) if data["owner"] else None
         data["gpus"] = tuple(data.get("gpus", ()))
+        data["log_patterns"] = tuple(data.get("log_patterns", ()))
         return cls(**data)
 
 
@@ -279,16 +283,24 @@ class Member:
                     end["signal"] = number
                     end["error"]["message"] = f"killed by {signal.Signals(number).name}"
                     write_atomically(self.files.exit(rank), json.dumps(end))
+        self._search_logs(log)
         told = {"launcher_code": code, "time": time.time(), "energy": self._meter.read() if self._meter else None}
         write_atomically(self.files.agent_exit(self.request.node_index), json.dumps(told))
         self.ended = True
 
+    def _search_logs(self, launcher_log: str) -> None:
+        """Add to how ranks failed what of the patterns their logs have; the launcher's is everybody's."""
+        if not self.request.log_patterns:
+            return
+        for rank in self.request.ranks:
+            end = self._exit(rank)
+            if end is not None and end["code"] not in (ExitCode.DONE, ExitCode.STOPPED):
+                text = f"{tail(self.files.log(rank))}\n{launcher_log}"
+                end["found"] = found_in(text, self.request.log_patterns)
+                write_atomically(self.files.exit(rank), json.dumps(end))
+
     def _launcher_tail(self) -> str:
-        path = self.files.launcher_log(self.request.node_index)
-        try:
-            return path.read_bytes()[-LOG_TAIL:].decode(errors="replace")
-        except OSError:
-            return ""
+        return tail(self.files.launcher_log(self.request.node_index), LOG_TAIL)
 
     def _record(
         self, rank: int, code: ExitCode, message: str, *, number: int | None = None, told: Mapping[str, Any] = {}

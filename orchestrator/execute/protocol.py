@@ -13,7 +13,16 @@ from launch.attempt import AttemptFiles
 from launch.contract import ProgressLine, RankExit, RunContract, StopRequest
 from launch.pulse import read_beat
 from orchestrator.cluster.model import Node
-from orchestrator.cluster.status import AttemptStatus, Energy, NodeReport, Spent, Stall, StandbyReport
+from orchestrator.cluster.status import (
+    AttemptStatus,
+    Energy,
+    NodeReport,
+    ProbeReport,
+    ProbeRequest,
+    Spent,
+    Stall,
+    StandbyReport,
+)
 from orchestrator.errors import ExecutorError
 
 TAIL_BYTES = 8192
@@ -32,6 +41,10 @@ class Executor(Protocol):
 
     def free_ports(self, wanted: Mapping[str, int]) -> dict[str, list[int]]:
         """Node id → as many different ports as `wanted` of it, that are free there now; of the nodes that answer."""
+
+    def probe(self, asked: Mapping[str, ProbeRequest]) -> dict[str, ProbeReport | None]:
+        """Begin probes of nodes, by their id, unless they have begun; what they found, None for those that go on. Nodes
+        that do not answer are left out."""
 
     def start(self, contracts: Sequence[RunContract]) -> dict[str, ExecutorError]:
         """Start gangs; nothing is done for a run that was started before. May be called from several threads at once.

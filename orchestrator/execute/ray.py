@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from launch.contract import RunContract, StopRequest
 from orchestrator.cluster.gpus import gpu_type
 from orchestrator.cluster.model import CORES_LABEL, MEMORY_LABEL, NAME_LABEL, Gpu, Node
-from orchestrator.cluster.status import AttemptStatus, NodeReport, StandbyReport
+from orchestrator.cluster.status import AttemptStatus, NodeReport, ProbeReport, ProbeRequest, StandbyReport
 from orchestrator.errors import ExecutorError
 from orchestrator.execute.local import log_path
 from orchestrator.execute.protocol import read_bytes, read_report
@@ -70,6 +70,10 @@ class RayExecutor:
     def free_ports(self, wanted: Mapping[str, int]) -> dict[str, list[int]]:
         asked = {self._agent(node).free_ports.remote(count): node for node, count in wanted.items()}
         return {asked[reference]: ports for reference, ports in self._answers(asked, CALL_S).items()}
+
+    def probe(self, asked: Mapping[str, ProbeRequest]) -> dict[str, ProbeReport | None]:
+        sent = {self._agent(node).probe.remote(request): node for node, request in asked.items()}
+        return {sent[reference]: report for reference, report in self._answers(sent, CALL_S).items()}
 
     def start(self, contracts: Sequence[RunContract]) -> dict[str, ExecutorError]:
         failed: dict[str, ExecutorError] = {}

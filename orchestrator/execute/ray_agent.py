@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 from launch.attempt import AttemptFiles, write_atomically
 from launch.contract import RunContract
-from orchestrator.cluster.status import NodeReport, StandbyReport
-from orchestrator.execute.local import free_ports, log_path
+from orchestrator.cluster.status import NodeReport, ProbeReport, ProbeRequest, StandbyReport
+from orchestrator.execute.local import free_ports, log_path, probed
 from orchestrator.execute.member import Member
+from orchestrator.execute.probes import Probes
 from orchestrator.execute.protocol import read_bytes, read_report
 from orchestrator.execute.request import build_request
 from orchestrator.execute.standby import Standbys, node_environment
@@ -30,6 +31,7 @@ class NodeAgent:
         self._raylet = os.getppid()
         self._members: dict[str, Member] = {}
         self._lock = threading.Lock()
+        self._probes = Probes()
         self._standbys = Standbys(standbys)
         self._standbys.want(node_environment())
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
@@ -40,6 +42,10 @@ class NodeAgent:
 
     def free_ports(self, count: int) -> list[int]:
         return free_ports(count)
+
+    def probe(self, request: ProbeRequest) -> ProbeReport | None:
+        """What a probe of this node has found; it is begun if it was not."""
+        return probed(self._probes, request)
 
     def start(self, parts: Sequence[tuple[str, int]]) -> list[str | None]:
         """Start this node's parts of attempts, each a contract as JSON and the node's index in it; nothing is done for
@@ -83,6 +89,7 @@ class NodeAgent:
             self._tick(healthy=True)
             time.sleep(TICK_S)
         self._standbys.close()
+        self._probes.close()
         # The node is lost: another attempt may start as soon as these ranks are gone, so they go now.
         for member in list(self._members.values()):
             files = AttemptFiles(member.request.run_dir)

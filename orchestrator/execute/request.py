@@ -48,4 +48,5 @@ def build_request(
         hang_s=contract.hang_s,
         standby=contract.spec is not None and not contract.env_from,
         gpus=share.gpus,
+        log_patterns=contract.log_patterns,
     )

@@ -20,6 +20,7 @@ from orchestrator.job.fields import MAX_ELEMENTS, SLUG, AtOnce, Duration, Elemen
 
 MAX_PROCESSES = 65536
 MAX_AFTER = 1000
+MAX_RULES = 20
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 ENV_ARRAY_INDEX = "TUNEYARD_ARRAY_INDEX"
@@ -57,6 +58,26 @@ class Resources(Section):
         return int(low), int(high)
 
 
+class RetryRule(Section):
+    """How a failure is taken that is known by its exit status, or by what the end of the failed rank's log says."""
+
+    exit_code: Annotated[int, Field(ge=1, le=255)] | None = None
+    log: Annotated[str, Field(min_length=3, max_length=200)] | None = None
+    """What a line contains; * stands for anything."""
+    then: Literal["fail", "retry", "elsewhere"]
+    """fail: no restart; retry: a restart after a while; elsewhere: one at once, on other nodes if they will do."""
+
+    @model_validator(mode="after")
+    def _is_told_by_one_thing(self) -> RetryRule:
+        if (self.exit_code is None) == (self.log is None):
+            raise Refused(
+                "a rule holds for an exit code or for a line of the log",
+                code="conflict",
+                hint="write either `exit_code: 75` or `log: uncorrectable ECC error`, and what `then` follows",
+            )
+        return self
+
+
 class Retry(Section):
     """What a crash or a lost node costs."""
 
@@ -66,6 +87,14 @@ class Retry(Section):
     """Seconds for which a rank may stay in one part of a step, or in one batch of an evaluation, before the training's
     gang is ended and started again. `auto`: two minutes, five for evaluations, and ten times the longest before.
     Loading and saving have longer ones of their own. 0: nothing is ever ended for it."""
+    restarts: dict[Literal["crashed", "killed", "node-lost", "hung"], Annotated[int, Field(ge=0)]] = {}
+    """Causes with a budget of their own; all others share max_restarts."""
+    rules: Annotated[tuple[RetryRule, ...], Field(max_length=MAX_RULES)] = ()
+    """What else than usual is to follow from a failure: the first that holds counts."""
+
+    @property
+    def log_patterns(self) -> tuple[str, ...]:
+        return tuple(rule.log for rule in self.rules if rule.log is not None)
 
 
 class FromEnvironment(Section):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 from launch.contract import ExitCode, RankExit
 
@@ -27,23 +28,66 @@ class Outcome(enum.StrEnum):
     HUNG = "hung"
 
 
-# One row a cause: is the job started again?
-RETRIED: dict[Outcome, bool] = {
-    Outcome.SUCCEEDED: False,
-    Outcome.STOPPED: False,
-    Outcome.USER_ERROR: False,
-    Outcome.DATA_ERROR: False,
-    Outcome.OUT_OF_MEMORY: False,  # the same plan would run out again; another one is no retry (memory.ladder)
-    Outcome.CONTRACT_MISMATCH: False,
-    Outcome.CRASHED: True,
-    Outcome.KILLED: True,
-    Outcome.NODE_LOST: True,
-    Outcome.HUNG: True,
+@dataclass(frozen=True)
+class Treatment:
+    """What follows from a cause."""
+
+    again: bool
+    """Whether the job is started again, while it has restarts left."""
+    elsewhere: bool = False
+    """Whether it then keeps away from the node of the rank that failed first, where other nodes will do, and whether
+    that node comes under suspicion."""
+    at_once: bool = False
+    """Whether its first restart waits for nothing. What nobody knows the reason of may need a moment to pass."""
+
+
+NEVER = Treatment(again=False)
+RETRY = Treatment(again=True)
+ELSEWHERE = Treatment(again=True, elsewhere=True, at_once=True)
+
+# One row a cause.
+TREATMENTS: dict[Outcome, Treatment] = {
+    Outcome.SUCCEEDED: NEVER,
+    Outcome.STOPPED: NEVER,
+    Outcome.USER_ERROR: NEVER,
+    Outcome.DATA_ERROR: NEVER,
+    Outcome.OUT_OF_MEMORY: NEVER,  # the same plan would run out again; another one is no retry (memory.ladder)
+    Outcome.CONTRACT_MISMATCH: NEVER,
+    Outcome.CRASHED: RETRY,
+    Outcome.KILLED: ELSEWHERE,
+    Outcome.NODE_LOST: Treatment(again=True, at_once=True),  # it is not there to be taken again
+    Outcome.HUNG: ELSEWHERE,
 }
 
-ELSEWHERE = frozenset({Outcome.KILLED, Outcome.HUNG})
-"""Causes after which the job keeps away from the node of the rank that failed first, where other nodes will do. A node
-that was lost is not there to be taken."""
+RULED = frozenset(
+    {Outcome.CRASHED, Outcome.KILLED, Outcome.HUNG, Outcome.USER_ERROR, Outcome.DATA_ERROR, Outcome.NODE_LOST}
+)
+"""Causes for which a job's own rules may say otherwise."""
+THEN = {"fail": NEVER, "retry": RETRY, "elsewhere": ELSEWHERE}
+"""What a rule may say."""
+
+
+class Rule(Protocol):
+    """A job's own word on how a failure is taken: one of the first two is set."""
+
+    @property
+    def exit_code(self) -> int | None: ...
+    @property
+    def log(self) -> str | None: ...
+    @property
+    def then(self) -> Literal["fail", "retry", "elsewhere"]: ...
+
+
+def treatment_of(verdict: Verdict, rules: Sequence[Rule]) -> Treatment:
+    """The first of a job's rules that holds for the failure, else the table's row."""
+    first = verdict.first
+    if verdict.outcome in RULED and first is not None:
+        status = first.status if first.status is not None else int(first.code)
+        for rule in rules:
+            if rule.exit_code == status or (rule.log is not None and rule.log in first.found):
+                return THEN[rule.then]
+    return TREATMENTS[verdict.outcome]
+
 
 OUTCOMES: dict[ExitCode, Outcome] = {
     ExitCode.DONE: Outcome.SUCCEEDED,
@@ -89,11 +133,16 @@ def _is_echo(end: RankExit) -> bool:
     return end.error is not None and end.error.echo
 
 
-def may_retry(outcome: Outcome, failures: int, max_restarts: int) -> bool:
-    """Whether a job whose attempts failed `failures` times, the last one with `outcome`, is started again."""
-    return RETRIED[outcome] and failures <= max_restarts
+def restarts_left(outcome: Outcome, failed_by: Mapping[str, int], most: int, most_of: Mapping[Any, int]) -> int:
+    """How often a job may be started again, whose attempts failed so often by each cause, the last one by `outcome`;
+    below 0 where it may not any more. Causes that `most_of` names have a budget of their own, the others share `most`.
+    """
+    if outcome in most_of:
+        return most_of[outcome] - failed_by.get(outcome, 0)
+    return most - sum(count for cause, count in failed_by.items() if cause not in most_of)
 
 
-def back_off(failures: int) -> float:
+def back_off(failures: int, treatment: Treatment = RETRY) -> float:
     """Seconds to wait after the `failures`-th failure; none before the first."""
-    return min(MAX_BACK_OFF_S, BACK_OFF_S * 2.0 ** min(failures - 1, 30)) if failures > 0 else 0.0
+    waits = failures - treatment.at_once
+    return min(MAX_BACK_OFF_S, BACK_OFF_S * 2.0 ** min(waits - 1, 30)) if waits > 0 else 0.0

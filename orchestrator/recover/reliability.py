@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from orchestrator.recover.classify import RETRIED, Outcome
+from orchestrator.recover.classify import TREATMENTS, Outcome
 
 PRIOR_S = 24 * 3600.0
 """Taken as seen beforehand: one failure in so much time of one node."""
@@ -31,5 +31,5 @@ def mean_time_between_failures(history: Iterable[Ran], nodes: int) -> float:
     node_seconds, failures = PRIOR_S, 1
     for ran in history:
         node_seconds += max(ran.seconds, 0.0) * ran.nodes
-        failures += RETRIED[ran.outcome]
+        failures += TREATMENTS[ran.outcome].again
     return node_seconds / failures / nodes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any
@@ -15,16 +16,18 @@ from launch.config import Section, validate
 from launch.errors import Refused
 from orchestrator.cluster.capacity import Capacity
 from orchestrator.cluster.model import Node
-from orchestrator.cluster.status import StandbyReport
+from orchestrator.cluster.status import ProbeCheck, StandbyReport
 from orchestrator.control.loop import Controller
+from orchestrator.control.probing import Probing
 from orchestrator.errors import NotFoundError
 from orchestrator.job.spec import received
 from orchestrator.serve.names import NodeName, QueueName
 from orchestrator.store.administration import MAX_SHARE, MAX_WEIGHT
 from orchestrator.store.rows import Mark, NodeMark, QueueRow, QueueUse
-from orchestrator.views import MarkView, NodeView, QueueView
+from orchestrator.views import MarkView, NodeView, ProbeView, QueueView
 
 MAX_REASON = 500
+PROBE_LOOK_S = 0.2
 
 
 class QueueChange(Section):
@@ -34,6 +37,11 @@ class QueueChange(Section):
     guaranteed: Annotated[int, Field(ge=0, le=MAX_SHARE)] | None = None
     ceiling: Annotated[int, Field(ge=0, le=MAX_SHARE)] | None = None
     lendable: bool = True
+
+
+class ProbeAsked(Section):
+    nodes: Annotated[tuple[str, ...], Field(max_length=10_000)] = ()
+    """Their names."""
 
 
 class MarkRequest(Section):
@@ -98,6 +106,22 @@ def administer(guarded: APIRouter, controller: Controller) -> None:
         row = store.mark_node(name, what, request.reason, time.time())
         controller.wake.set()
         return MarkView.model_validate(row.model_dump())
+
+    @guarded.post("/probe")
+    def probe(body: Annotated[dict[str, Any] | None, Body()] = None) -> list[ProbeView]:
+        """Probe nodes, all of them if none is named, each by itself and with a neighbour. Takes half a minute or so."""
+        asked = validate(ProbeAsked, received(body or {}))
+        seen, marks = executor.nodes(), store.node_marks()
+        for name in asked.nodes:
+            _check_node(name, seen, marks)
+        probed = [node for node in seen if node.name in asked.nodes or not asked.nodes]
+        probing = Probing(executor, probed, seen, f"asked-{uuid.uuid4().hex}", str(controller.settings.root))
+        while (reports := probing.poll()) is None:
+            time.sleep(PROBE_LOOK_S)
+        views = [ProbeView(name=node.name, ok=reports[node.id].ok, checks=reports[node.id].checks) for node in probed]
+        away = [name for name in asked.nodes if name not in {node.name for node in probed}]
+        gone = ProbeCheck(name="agent", ok=False, told="the node is not here")
+        return [*views, *(ProbeView(name=name, ok=False, checks=(gone,)) for name in away)]
 
     @guarded.post("/nodes/{name}/cordon")
     def cordon(name: NodeName, body: Annotated[dict[str, Any] | None, Body()] = None) -> MarkView:

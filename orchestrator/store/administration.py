@@ -14,7 +14,7 @@ from orchestrator.job.lifecycle import JobState
 from orchestrator.store import schema
 from orchestrator.store.engine import Database
 from orchestrator.store.jobs import LIVE
-from orchestrator.store.rows import Mark, NodeMark, QueueRow, QueueUse
+from orchestrator.store.rows import Mark, NodeFault, NodeMark, QueueRow, QueueUse
 
 MAX_WEIGHT = 1e6
 MAX_SHARE = 1_000_000  # processes
@@ -104,10 +104,27 @@ class Administration(Database):
                 connection.execute(table.insert().values(**values))
         return row
 
+    def node_faults(self, since: float) -> list[NodeFault]:
+        """Failures that may lie in a node, from then on."""
+        table = schema.node_faults
+        columns = [column for column in table.c if column.name != "id"]
+        query = sa.select(*columns).where(table.c.time >= since).order_by(table.c.time)
+        with self._errors(), self.engine.connect() as connection:
+            return [NodeFault.model_validate(dict(row)) for row in connection.execute(query).mappings()]
+
+    def absolve_node(self, name: str) -> None:
+        """Let a suspect have new attempts again, and forget what was held against it."""
+        marks, faults = schema.node_marks, schema.node_faults
+        with self._errors(), self._writing.begin() as connection:
+            connection.execute(marks.delete().where((marks.c.name == name) & (marks.c.mark == Mark.SUSPECT.value)))
+            connection.execute(faults.delete().where(faults.c.node == name))
+
     def unmark_node(self, name: str) -> None:
         """Let a node have new attempts again. Raises ConflictError if it has no mark."""
-        table = schema.node_marks
+        table, faults = schema.node_marks, schema.node_faults
         with self._errors(), self._writing.begin() as connection:
+            # What was held against it before counts no more: else it would be suspect again at once.
+            connection.execute(faults.delete().where(faults.c.node == name))
             if connection.execute(table.delete().where(table.c.name == name)).rowcount == 0:
                 raise ConflictError(
                     f"node {name} is neither cordoned nor drained",

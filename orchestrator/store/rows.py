@@ -34,6 +34,8 @@ class JobRow(Row):
     reason: Reason
     attempts: int
     failures: int = 0
+    failed_by: dict[str, int] | None = None
+    """The same by cause (recover.classify.Outcome); None where there are none."""
     ran_s: float = 0.0
     pause_requested: bool = False
     cancel_requested: bool
@@ -151,10 +153,11 @@ class QueueUse(Row):
 
 
 class Mark(enum.StrEnum):
-    """What an administrator has said of a node."""
+    """Why a node gets no new attempts."""
 
-    CORDONED = "cordoned"  # it gets no new attempts
+    CORDONED = "cordoned"  # an administrator said so, or it failed its probe
     DRAINED = "drained"  # and those on it go elsewhere
+    SUSPECT = "suspect"  # jobs have failed on it; it is being probed
 
 
 class NodeMark(Row):
@@ -162,6 +165,17 @@ class NodeMark(Row):
     mark: Mark
     reason: str | None = None
     since: float
+
+
+class NodeFault(Row):
+    """That an attempt failed on a node by which the fault may be."""
+
+    node: str
+    """Its name."""
+    job_id: str
+    attempt: int
+    outcome: str
+    time: float
 
 
 class HistoryRow(Row):

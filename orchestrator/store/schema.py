@@ -19,7 +19,7 @@ from sqlalchemy import (
     Text,
 )
 
-HEAD = "0007"
+HEAD = "0008"
 
 metadata = MetaData(
     naming_convention={
@@ -45,6 +45,7 @@ jobs = Table(
     Column("attempts", Integer, nullable=False, default=0),  # number of the newest attempt
     # How many of them failed, which is what retry.max_restarts bounds.
     Column("failures", Integer, nullable=False, server_default="0"),
+    Column("failed_by", JSON, nullable=True),  # the same by cause: Outcome → count
     Column("ran_s", Float, nullable=False, server_default="0"),  # of those that have ended, together
     Column("pause_requested", Boolean, nullable=False, server_default=sa.false()),  # while so, no attempt starts
     Column("cancel_requested", Boolean, nullable=False, default=False),
@@ -148,6 +149,19 @@ node_marks = Table(
     Column("mark", String(20), nullable=False),  # rows.Mark
     Column("reason", Text, nullable=True),
     Column("since", Float, nullable=False),
+)
+
+# Attempts that failed on a node by which the fault may be.
+node_faults = Table(
+    "node_faults",
+    metadata,
+    Column("id", Integer, Identity(), primary_key=True),
+    Column("node", String(255), nullable=False),  # its name
+    Column("job_id", String(80), ForeignKey("jobs.id"), nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("outcome", String(20), nullable=False),
+    Column("time", Float, nullable=False),
+    Index("ix_node_faults_time", "time"),
 )
 
 # How long jobs ran that have ended: what is expected of the next one is learned from it.

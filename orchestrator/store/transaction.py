@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from orchestrator.job.lifecycle import (
 )
 from orchestrator.memory.alike import Peak
 from orchestrator.store import schema
-from orchestrator.store.rows import HistoryRow
+from orchestrator.store.rows import HistoryRow, NodeFault
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,21 @@ class Transaction:
         self.set_attempt(job_id, number, AttemptState.ENDED, now, **told)
 
     def count_attempt(
-        self, job_id: str, number: int, now: float, *, failed: bool, processes: int, progressed: bool = False
+        self,
+        job_id: str,
+        number: int,
+        now: float,
+        *,
+        processes: int,
+        failed: str | None = None,
+        progressed: bool = False,
     ) -> None:
-        """Count an attempt of so many processes that ends: its time, and whether it uses up one of the restarts. If it
-        `progressed`, failures before it count no more."""
+        """Count an attempt of so many processes that ends: its time, and the cause if it uses up one of the restarts.
+        If it `progressed`, failures before it count no more."""
         jobs, attempts = schema.jobs, schema.attempts
+        known = self._connection.execute(sa.select(jobs.c.failed_by).where(jobs.c.id == job_id)).scalar_one()
+        failed_by = Counter({} if progressed else known or {})
+        failed_by.update([failed] if failed is not None else [])
         mine = (attempts.c.job_id == job_id) & (attempts.c.number == number)
         created = self._connection.execute(sa.select(attempts.c.created_at).where(mine)).scalar_one()
         ran = now - created
@@ -159,9 +170,14 @@ class Transaction:
             .values(
                 ran_s=jobs.c.ran_s + ran,
                 served_s=jobs.c.served_s + ran * processes,
-                failures=int(failed) if progressed else jobs.c.failures + int(failed),
+                failures=int(failed is not None) + (0 if progressed else jobs.c.failures),
+                failed_by=dict(failed_by) or None,
             )
         )
+
+    def add_node_fault(self, fault: NodeFault) -> None:
+        """Store that an attempt failed on a node by which the fault may be."""
+        self._connection.execute(schema.node_faults.insert().values(**fault.model_dump()))
 
     def count_preemption(self, job_id: str) -> None:
         """Count that a job was stopped for the sake of another."""

@@ -84,7 +84,7 @@ def alone(world: dict[str, Any], folder: Path) -> Iterator[Callable[[int], dict[
 
     def until_step(step: int) -> dict[int, float]:
         path = launched.files.progress(0)
-        until(lambda: path.exists() and max(curve(path), default=0) >= step)
+        until(lambda: path.exists() and max(curve(path), default=0) >= step, seconds=600)
         return curve(path)
 
     try:
@@ -94,7 +94,7 @@ def alone(world: dict[str, Any], folder: Path) -> Iterator[Callable[[int], dict[
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_room_is_made_and_nothing_is_lost(yard: Yard, world: dict[str, Any], tmp_path: Path) -> None:
     elastic = yard.submit(yard.job_file(name="elastic", resources={"num_processes": "2..4"}, **world))
     until(lambda: running(yard, elastic, 1, 4))

@@ -48,7 +48,7 @@ from orchestrator.job.spec import dump_job
 from orchestrator.memory.alike import key_of
 from orchestrator.memory.ladder import Relief, Rung, Taken
 from orchestrator.memory.plan import plan
-from orchestrator.recover.classify import Outcome, back_off
+from orchestrator.recover.classify import Outcome
 from orchestrator.schedule.place import place
 from orchestrator.store.rows import AttemptRow, JobRow
 from tests.builders import a_command_job, a_node, a_training_job, an_exit, looked
@@ -312,12 +312,12 @@ def test_a_rank_that_crashes_while_its_gang_pauses_ends_the_others_soon() -> Non
 
 
 def test_a_job_that_gets_on_may_fail_as_often_as_it_likes() -> None:
-    job = running(failures=3, job=a_command_job(2, retry={"max_restarts": 3}))
+    job = running(failures=3, failed_by={"killed": 3}, job=a_command_job(2, retry={"max_restarts": 3}))
     assert end_of(job, KILLED, None).job_state == JobState.FAILED
     saved = LastCheckpoint(id="step-40.attempt-1", step=40, time=NOW, url="/c")
     again = end_of(job.model_copy(update={"checkpoint": saved}), KILLED, None)
     assert (again.job_state, again.failed, again.progressed) == (JobState.QUEUED, True, True)
-    assert again.not_before == NOW + back_off(1)
+    assert again.not_before == NOW, "at once: it was killed"
     assert again.reason.remedy == "restarts left: 3"
     older = saved.model_copy(update={"id": "step-40.attempt-7"})
     assert end_of(job.model_copy(update={"checkpoint": older}), KILLED, None).job_state == JobState.FAILED
@@ -403,7 +403,8 @@ def test_a_job_that_never_stops_telling_can_still_be_cancelled() -> None:
 
 
 def failed(*exits: RankExit, restarts: int = 3, failures: int = 0) -> EndAttempt:
-    job = running(job=a_command_job(2, retry={"max_restarts": restarts}), failures=failures)
+    job = running(job=a_command_job(2, retry={"max_restarts": restarts}))
+    job = job.model_copy(update={"failures": failures, "failed_by": {"crashed": failures}})
     attempt = an_attempt()
     (end,) = actions_for(job, attempt, a_report(ended=True, exits=exits))
     assert isinstance(end, EndAttempt)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, Literal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,11 +14,13 @@ from orchestrator.recover.classify import (
     BACK_OFF_S,
     MAX_BACK_OFF_S,
     OUTCOMES,
-    RETRIED,
+    THEN,
+    TREATMENTS,
     Outcome,
     back_off,
     judge,
-    may_retry,
+    restarts_left,
+    treatment_of,
 )
 from tests.builders import an_exit
 
@@ -24,7 +29,7 @@ FAILURES = [code for code in ExitCode if code not in (ExitCode.DONE, ExitCode.ST
 
 def test_the_tables_know_every_end() -> None:
     assert set(OUTCOMES) == set(ExitCode)
-    assert set(RETRIED) == set(Outcome)
+    assert set(TREATMENTS) == set(Outcome)
 
 
 def test_all_done_is_success() -> None:
@@ -70,13 +75,42 @@ def test_a_success_needs_every_rank(codes: list[ExitCode], world_size: int) -> N
 @pytest.mark.parametrize("outcome", list(Outcome))
 def test_only_what_was_nobodys_fault_is_tried_again(outcome: Outcome) -> None:
     again = outcome in (Outcome.CRASHED, Outcome.KILLED, Outcome.NODE_LOST, Outcome.HUNG)
-    assert may_retry(outcome, 1, 3) is again
-    assert may_retry(outcome, 3, 3) is again
-    assert may_retry(outcome, 4, 3) is False
-    assert may_retry(outcome, 1, 0) is False
+    assert TREATMENTS[outcome].again is again
+
+
+def test_causes_share_the_budget_but_for_those_that_have_their_own() -> None:
+    failed_by = {"crashed": 2, "killed": 1, "node-lost": 4}
+    assert restarts_left(Outcome.CRASHED, failed_by, 3, {}) == -4
+    assert restarts_left(Outcome.CRASHED, failed_by, 3, {"node-lost": 5}) == 0
+    assert restarts_left(Outcome.NODE_LOST, failed_by, 0, {"node-lost": 5}) == 1
+    assert restarts_left(Outcome.HUNG, failed_by, 9, {"hung": 0}) == 0
+
+
+@dataclass(frozen=True)
+class ARule:
+    then: Literal["fail", "retry", "elsewhere"]
+    exit_code: int | None = None
+    log: str | None = None
+
+
+def test_the_first_rule_of_a_job_that_holds_goes_before_the_table() -> None:
+    rules = [ARule("retry", log="ECC"), ARule("fail", exit_code=1), ARule("elsewhere", exit_code=75)]
+
+    def treated(code: ExitCode, **told: Any) -> Any:
+        end = an_exit(0, code).model_copy(update=told)
+        return treatment_of(judge([end], 1), rules)
+
+    assert treated(ExitCode.CRASH) is THEN["fail"]
+    assert treated(ExitCode.CRASH, status=75) is THEN["elsewhere"]
+    assert treated(ExitCode.CRASH, found=("ECC",)) is THEN["retry"]
+    assert treated(ExitCode.CRASH, status=3) is TREATMENTS[Outcome.CRASHED]
+    assert treated(ExitCode.USER_ERROR, found=("ECC",)) is THEN["retry"]
+    assert treated(ExitCode.OUT_OF_MEMORY, found=("ECC",)) is TREATMENTS[Outcome.OUT_OF_MEMORY], "the ladder's"
 
 
 @given(st.integers(1, 100_000))
 def test_waiting_grows_and_is_bounded(failures: int) -> None:
     assert BACK_OFF_S <= back_off(failures) <= back_off(failures + 1) <= MAX_BACK_OFF_S
     assert (back_off(0), back_off(1), back_off(2), back_off(100_000)) == (0.0, 2.0, 4.0, 300.0)
+    at_once = TREATMENTS[Outcome.NODE_LOST]
+    assert [back_off(failures, at_once) for failures in range(4)] == [0.0, 0.0, 2.0, 4.0]

@@ -17,7 +17,7 @@ from orchestrator.job.spec import AnyJob, ArrayElement
 from orchestrator.memory.alike import Peak
 from orchestrator.memory.plan import plan
 from orchestrator.store.jobs import Jobs, NewJob
-from orchestrator.store.rows import HistoryRow, JobRow
+from orchestrator.store.rows import HistoryRow, JobRow, NodeFault
 from orchestrator.store.store import Store
 from orchestrator.store.transaction import NewAttempt, Transaction
 from tests.builders import a_command_job, a_training_job
@@ -162,8 +162,11 @@ WRITES: dict[str, Callable[[Transaction], object]] = {
     "set_progress": lambda write: write.set_progress("a-1", 1, SAVED, 10, 3.0),
     "note_checkpoints": lambda write: write.note_checkpoints("a-1", 1, [SAVED], 20, "/c"),
     "set_stop": lambda write: write.set_stop("a-1", 1, StopRequest(reason="r", deadline=9.0), 4.0, preempted_by="b-1"),
+    "add_node_fault": lambda write: write.add_node_fault(
+        NodeFault(node="n1", job_id="a-1", attempt=1, outcome="hung", time=4.0)
+    ),
     "count_preemption": lambda write: write.count_preemption("a-1"),
-    "count_attempt": lambda write: write.count_attempt("a-1", 1, 5.0, failed=False, processes=2),
+    "count_attempt": lambda write: write.count_attempt("a-1", 1, 5.0, processes=2),
     "end_attempt": lambda write: write.end_attempt("a-1", 1, 5.0, "crashed", Spent(began_at=3.0, phase="step")),
     "add_inventory": lambda write: write.add_inventory({}, 5.0),
     "add_peak": lambda write: write.add_peak(PEAK),

@@ -144,7 +144,7 @@ def test_an_attempts_life(store: Store) -> None:
     assert attempt.stop == StopRequest(reason="r", deadline=9.0)
     with store.acting(lease) as write:
         write.set_attempt("a-1", 1, AttemptState.ENDED, 5.0, outcome="stopped")
-        write.count_attempt("a-1", 1, 5.0, failed=False, processes=2)
+        write.count_attempt("a-1", 1, 5.0, processes=2)
         write.set_job("a-1", JobState.CANCELLED, WHY, 5.0, result={"x": 1})
     assert store.live_attempts() == []
     row = store.job("a-1")
@@ -192,16 +192,18 @@ def test_failures_and_time_add_up(store: Store) -> None:
         with store.acting(lease) as write:
             write.add_attempts([NewAttempt(*a_start(number=number))], begun)
             write.set_attempt("a-1", number, AttemptState.ENDED, ended, outcome="crashed")
-            write.count_attempt("a-1", number, ended, failed=number != 2, processes=number)
+            write.count_attempt("a-1", number, ended, failed="crashed" if number != 2 else None, processes=number)
     row = store.job("a-1")
     assert (row.failures, row.ran_s, row.served_s) == (2, 5.0, 3.0 * 1 + 1.5 * 2 + 0.5 * 3)
     assert row.started_at == 2.0  # the first start counts
-    for number, failed, failures in ((4, True, 1), (5, False, 0)):  # what has saved something new begins to count anew
+    assert row.failed_by == {"crashed": 2}
+    for number, failed, failures in ((4, "hung", 1), (5, None, 0)):  # what has saved something new begins to count anew
         with store.acting(lease) as write:
             write.add_attempts([NewAttempt(*a_start(number=number))], 30.0)
             write.set_attempt("a-1", number, AttemptState.ENDED, 30.0, outcome="crashed")
             write.count_attempt("a-1", number, 30.0, failed=failed, processes=1, progressed=True)
-        assert store.job("a-1").failures == failures
+        row = store.job("a-1")
+        assert (row.failures, row.failed_by) == (failures, {failed: 1} if failed else None)
 
 
 def test_what_is_no_number_is_stored_all_the_same(store: Store) -> None:
