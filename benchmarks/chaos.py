@@ -23,6 +23,7 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import sys
 import time
@@ -30,7 +31,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-STEPS = (250, 450)
 LIMITS_S = {
     "rank-killed": (2.0, 30.0),
     "agent-killed": (5.0, 30.0),
@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
     cannot: dict[str, str] = {}
     late: list[str] = []
-    with a_world(options.seed, tuple(options.steps), say, keep=options.folder) as world:
+    with a_world(options.seed, options.length, say, keep=options.folder) as world:
         observer = Observer(world.yard.record.id)
         observer.start()
         turns = kinds_in_turn(options.seed, options.kinds)
@@ -148,10 +148,11 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=60)
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND")
-    parser.add_argument("--steps", nargs=2, type=int, default=STEPS, help="a job's, from and to")
+    parser.add_argument("--length", type=float, default=1.0, help="of the jobs; by default a minute or two")
     parser.add_argument("--folder", type=Path, help="work here, and leave models and data")
     parser.add_argument("-o", choices=("text", "json"), default="text")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is ended all the same
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print as they are imported
     os.environ["HF_HUB_OFFLINE"] = "1"

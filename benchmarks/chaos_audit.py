@@ -114,7 +114,7 @@ def audit(world: World, observer: Observer, struck: Sequence[Struck]) -> Audit:
             found.jobs_lost += 1
             found.wrong.append(f"{job}: {view.state}, {steps} of {training.steps} steps: {view.reason.sentence}")
             continue
-        dropped = view.result["train"].get("dropped_rows", 0) if view.result else 0
+        dropped = sum((view.result or {})["train"]["dropped_rows"].values())
         _look_at_attempts(world, job, struck, found)
         _look_at_samples(world, job, training.steps, ROWS - dropped, found)
         _look_at_checkpoints(world, job, struck, found)
@@ -154,11 +154,12 @@ def _look_at_attempts(world: World, job: str, struck: Sequence[Struck], found: A
             found.wrong.append(f"{job}: attempt {attempt.number} ended as {attempt.outcome} without a fault")
 
 
-def lineage(catalogue: Catalogue, attempts: int) -> list[tuple[int, int, int]]:
-    """The attempt that took each stretch of the final model's steps: (attempt, after step, up to step), the first
-    first. The last is without end: up to -1."""
+def lineage(catalogue: Catalogue, attempts: int) -> list[tuple[int, int, int | None]]:
+    """Which attempt took each stretch of the final model's steps, by the claims: (attempt, after which step, up to
+    which), the first first. The last goes to the end: up to None."""
     claims = catalogue.listing().claims
-    attempt, until, found = max(claims, default=attempts), -1, []
+    attempt, until = max(claims, default=attempts), None
+    found: list[tuple[int, int, int | None]] = []
     while True:
         claim = claims.get(attempt)
         start = CheckpointId.parse(claim.starts_from) if claim is not None and claim.starts_from else None
@@ -180,31 +181,20 @@ def _look_at_samples(world: World, job: str, steps: int, rows: int, found: Audit
             for text in path.read_text().splitlines() if path.exists() else ():
                 line = json.loads(text)
                 by_step[line["step"]] += line["rows"]
-        last = steps if until == -1 else until
-        for step in range(after + 1, last + 1):
-            if not by_step[step]:
-                found.wrong.append(f"{job}: nobody tells what step {step} of attempt {number} saw")
+        for step in range(after + 1, (steps if until is None else until) + 1):
             seen += by_step[step]
-    for start in range(0, len(seen), rows):
-        epoch = Counter(seen[start : start + rows])
-        again = sum(count - 1 for count in epoch.values())
-        whole = len(seen) - start >= rows
-        missing = rows - len(epoch) if whole else 0
-        if again or missing:
-            found.wrong.append(f"{job}: in epoch {start // rows} {again} rows came again, {missing} were missing")
-        found.samples_duplicated += again
-        found.samples_missing += missing
-    expected = _consumed(steps, rows)
-    if len(seen) != expected:
-        found.samples_missing += max(0, expected - len(seen))
-        found.samples_duplicated += max(0, len(seen) - expected)
-        found.wrong.append(f"{job}: {len(seen)} rows were seen, and not {expected}")
+    check_rows(job, seen, steps, rows, BATCH, found)
 
 
-def _consumed(steps: int, rows: int) -> int:
-    """Rows of so many steps; the last batch of an epoch may be smaller."""
-    a_pass = -(-rows // BATCH)
-    return steps // a_pass * rows + min(rows, steps % a_pass * BATCH)
+def check_rows(job: str, seen: Sequence[int], steps: int, rows: int, batch: int, found: Audit) -> None:
+    """Count what came twice in an epoch of `rows`, and what should have come in so many steps and did not."""
+    a_pass = -(-rows // batch)  # the last batch of an epoch may be smaller
+    expected = steps // a_pass * rows + min(rows, steps % a_pass * batch)
+    distinct = sum(len(Counter(seen[start : start + rows])) for start in range(0, len(seen), rows))
+    found.samples_duplicated += len(seen) - distinct
+    found.samples_missing += max(0, expected - distinct)
+    if len(seen) != expected or distinct != expected:
+        found.wrong.append(f"{job}: {expected} rows were to be seen; {len(seen)} were, {distinct} of them once")
 
 
 def _look_at_checkpoints(world: World, job: str, struck: Sequence[Struck], found: Audit) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import subprocess
 import tempfile
 import time
@@ -22,19 +21,23 @@ from launch.checkpoint.manifest import CheckpointId
 from launch.contract import ProgressLine
 from orchestrator.client import Client
 from orchestrator.errors import TuneyardError, YardError
-from orchestrator.execute.local import free_port
 from orchestrator.execute.protocol import last_progress
 from orchestrator.job.lifecycle import AttemptState, JobState
 from orchestrator.settings import Settings
 from orchestrator.views import AttemptView, EventView, JobView
 from orchestrator.yard import connect
 from tests import postgres
+from tests.redis import a_redis, is_installed
 from tests.worlds import write_bert, write_dialogues, write_gpt2, write_messages
 from tests.yards import Yard, a_yard
 
 NODES, SLOTS = 3, 2
 LIVE = 2
-"""Jobs at a time, of two and of three processes in turn: the latter are never on one node alone."""
+"""Jobs at a time."""
+PROCESSES = ("2", "2..3")
+"""Theirs, in turn. Three are never on one node alone; where a node is lost, there is still room for two and two."""
+STEPS = {"ddp": (500, 800), "zero2": (350, 550), "zero3": (250, 400)}
+"""From and to: a minute or two of training each."""
 ROWS = 600
 BATCH = 12
 EVERY = 10
@@ -54,7 +57,7 @@ class Training:
     """What a job of the mix trains."""
 
     strategy: str
-    processes: int
+    processes: str
     steps: int
     task: str
 
@@ -96,8 +99,8 @@ class World:
     database: postgres.Server | None
     disk: Path | None
     """Where checkpoints go, if it is a small file system of their own."""
-    steps: tuple[int, int]
-    """A job's, from and to."""
+    length: float
+    """Times STEPS."""
     say: Callable[[str], None]
     jobs: dict[str, Training] = field(default_factory=dict)
     ended: set[str] = field(default_factory=set)
@@ -123,11 +126,12 @@ class World:
 
     def _submit(self) -> None:
         index = len(self.jobs)
+        strategy = self.draw.choice(list(STEPS))
         training = Training(
-            strategy=("ddp", "zero2", "zero3")[self.draw.randrange(3)],
-            processes=2 + index % 2,
-            steps=self.draw.randint(*self.steps),
-            task=("sequence-classification", "causal-lm")[self.draw.randrange(2)],
+            strategy=strategy,
+            processes=PROCESSES[index % len(PROCESSES)],
+            steps=self.draw.randint(*(int(steps * self.length) for steps in STEPS[strategy])),
+            task=self.draw.choice(("sequence-classification", "causal-lm")),
         )
         classifies = training.task == "sequence-classification"
         where: dict[str, Any] = {"every_steps": EVERY}
@@ -155,7 +159,7 @@ class World:
                 "log_samples": True,
             },
             strategy=training.strategy,
-            resources={"num_processes": training.processes},
+            resources={"num_processes": training.processes if ".." in training.processes else int(training.processes)},
             checkpoint=where,
         )
         self.jobs[self.yard.submit(path)] = training
@@ -267,9 +271,7 @@ class World:
 
 
 @contextmanager
-def a_world(
-    seed: int, steps: tuple[int, int], say: Callable[[str], None], *, keep: Path | None = None
-) -> Iterator[World]:
+def a_world(seed: int, length: float, say: Callable[[str], None], *, keep: Path | None = None) -> Iterator[World]:
     """Everything that chaos needs; all of it is gone afterwards."""
     with ExitStack() as stack:
         folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
@@ -282,32 +284,14 @@ def a_world(
         database = stack.enter_context(postgres.running()) if postgres.why_not() is None else None
         if database is not None:
             settings["database_url"] = database.url
-        redis = stack.enter_context(a_redis())
+        redis = stack.enter_context(a_redis()) if is_installed() else None
         if redis is not None:
             settings["redis"] = redis
         disk = stack.enter_context(small_disk(folder))
         yard = stack.enter_context(a_yard("--nodes", str(NODES), **settings))
         client = stack.enter_context(connect(Settings(home=yard.home)))
         say(f"         a yard of {NODES} nodes is up; PostgreSQL {bool(database)}, Redis {bool(redis)}")
-        yield World(yard, random.Random(seed), folder, client, database, disk, steps, say)
-
-
-@contextmanager
-def a_redis() -> Iterator[str | None]:
-    """host:port of a Redis server that keeps nothing on disk; None where it is not installed."""
-    program = shutil.which("redis-server")
-    if program is None:
-        yield None
-        return
-    port = free_port()
-    with tempfile.TemporaryDirectory(prefix="chaos-redis-") as folder:
-        argv = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
-        server = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            yield f"127.0.0.1:{port}"
-        finally:
-            server.kill()
-            server.wait()
+        yield World(yard, random.Random(seed), folder, client, database, disk, length, say)
 
 
 @contextmanager
