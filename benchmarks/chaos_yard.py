@@ -264,7 +264,7 @@ class World:
 
     def up(self) -> None:
         """Start again what has died, as an administrator or a supervisor would."""
-        self.yard.run("up", timeout=PATIENCE_S)
+        self.until(lambda: self.yard.run("up", check=False, timeout=PATIENCE_S).returncode == 0, "the yard is up")
 
     def view(self, job: str) -> JobView:
         return self.client.job(job)

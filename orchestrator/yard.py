@@ -37,6 +37,7 @@ FILE = "yard.json"
 ENV_YARD = "TUNEYARD_YARD"
 START_S = 120.0  # a loaded machine takes long over three raylets
 STOP_S = 10.0
+NODE_RETRIES = 3
 LEAVE_S = 15.0  # time that agents have to end their ranks and say how, once their raylets are gone
 OBJECT_STORE_BYTES = 100_000_000  # Ray's smallest sensible; no tensors go through it
 # Ray's own heartbeats: a node is dead after about 4 s of silence instead of 15.
@@ -150,8 +151,7 @@ def up(settings: Settings, nodes: int, executor: str) -> YardRecord:
     if record.controller is None or not record.controller.alive:
         record = record.model_copy(update={"controller": _start_controller(settings, record)})
     _save(settings, record)
-    _wait_for_api(settings, record)
-    return record
+    return _wait_for_api(settings, record)
 
 
 def down(settings: Settings, *, force: bool) -> YardRecord | None:
@@ -330,14 +330,20 @@ def log_file(settings: Settings, name: str) -> Path:
     return settings.root / "logs" / f"{name}.log"
 
 
-def _wait_for_api(settings: Settings, record: YardRecord) -> None:
+def _wait_for_api(settings: Settings, record: YardRecord) -> YardRecord:
+    """The record, once all nodes are there. On a loaded machine a raylet may give up starting, and is started again."""
     assert record.controller is not None
-    expected = len(record.ray) or 1
+    expected, retries = len(record.ray) or 1, NODE_RETRIES
 
     def answers() -> bool:
-        for process in record.ray:
-            if not process.alive:
-                raise _not_started(settings, process, f"{process.name} ended")
+        nonlocal record, retries
+        ended = [process for process in record.ray if not process.alive]
+        if ended:
+            if record.ray[0] in ended or not retries:
+                raise _not_started(settings, ended[0], f"{ended[0].name} ended")
+            retries -= 1
+            record = _mend_ray(settings, record)
+            _save(settings, record)
         if not is_up(settings, record):
             return False
         try:
@@ -347,6 +353,7 @@ def _wait_for_api(settings: Settings, record: YardRecord) -> None:
             return False  # a controller that was there before finds a new head in its own time
 
     _await(settings, record.controller, "the controller", answers)
+    return record
 
 
 def _await(settings: Settings, process: Process, what: str, ready: Callable[[], bool]) -> None:
