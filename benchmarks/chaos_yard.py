@@ -253,7 +253,9 @@ class World:
             raise YardError("a node is gone")
 
     def whole(self) -> bool:
-        """Whether a controller acts and all nodes are there."""
+        """Whether a controller acts and all nodes are there; what has died is started again."""
+        if not self.yard.record.whole:
+            self.up()
         return bool(self.client.health()["acting"]) and len(self.client.nodes()) == NODES
 
     def node_of(self, raylet: psutil.Process) -> int:

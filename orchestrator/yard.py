@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launch.attempt import write_atomically
 from orchestrator.client import Client
-from orchestrator.cluster.model import CORES_LABEL, MEMORY_LABEL, NAME_LABEL
+from orchestrator.cluster.model import CORES_LABEL, MEMORY_LABEL, NAME_LABEL, START_LABEL
 from orchestrator.errors import ConflictError, TuneyardError, YardError
 from orchestrator.execute.local import cpu_slots, free_port
 from orchestrator.execute.memory import host_memory
@@ -54,6 +54,8 @@ class Process(BaseModel):
     name: str
     pid: int
     start_time: float
+    label: str | None = None
+    """A Ray node's, by which it is known in the cluster."""
 
     @property
     def alive(self) -> bool:
@@ -248,22 +250,23 @@ def _start_node(settings: Settings, record: YardRecord, index: int, nodes: int) 
     cores = os.cpu_count() or 1
     slots, memory = cpu_slots(cores, settings.cpu_slots), host_memory(settings.memory_gb) // nodes
     # Directories of their own: raylets of one host that start at once in one take each other's socket names.
-    folder = Path(record.ray_dir or "") / str(index)
+    folder, label = Path(record.ray_dir or "") / str(index), secrets.token_hex(4)
     argv = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
         f"--num-cpus={slots}", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder}",
         "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
-        f"--labels={NAME_LABEL}=node-{index},{CORES_LABEL}={cores},{MEMORY_LABEL}={memory}",
+        f"--labels={NAME_LABEL}=node-{index},{CORES_LABEL}={cores},{MEMORY_LABEL}={memory},{START_LABEL}={label}",
     ]  # fmt: skip
     if index:
-        return _spawn(settings, record, f"ray-{index}", [*argv, f"--address={record.ray_address}"])
+        process = _spawn(settings, record, f"ray-{index}", [*argv, f"--address={record.ray_address}"])
+        return process.model_copy(update={"label": label})
     host, _, port = (record.ray_address or "").rpartition(":")
     marker = folder / "ray_current_cluster"
     marker.unlink(missing_ok=True)
     head = [*argv, "--head", f"--port={port}", f"--node-ip-address={host}", "--include-dashboard=false"]
     process = _spawn(settings, record, "ray-0", head)
     _await(settings, process, "Ray's head", marker.exists)
-    return process
+    return process.model_copy(update={"label": label})
 
 
 def _forget(redis: str, yard: str) -> None:
@@ -333,7 +336,7 @@ def log_file(settings: Settings, name: str) -> Path:
 def _wait_for_api(settings: Settings, record: YardRecord) -> YardRecord:
     """The record, once all nodes are there. On a loaded machine a raylet may give up starting, and is started again."""
     assert record.controller is not None
-    expected, retries = len(record.ray) or 1, NODE_RETRIES
+    retries = NODE_RETRIES
 
     def answers() -> bool:
         nonlocal record, retries
@@ -348,7 +351,9 @@ def _wait_for_api(settings: Settings, record: YardRecord) -> YardRecord:
             return False
         try:
             with connect(settings) as client:
-                return len(client.nodes()) >= expected
+                nodes = client.nodes()
+                there = {node.labels.get(START_LABEL) for node in nodes}
+                return bool(nodes) and all(process.label in {None, *there} for process in record.ray)
         except TuneyardError:
             return False  # a controller that was there before finds a new head in its own time
 
