@@ -60,7 +60,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         observer = Observer(world.yard.record.id)
         observer.start()
         turns = kinds_in_turn(options.seed, options.kinds)
-        while len(world.struck) + len(late) < options.faults and len(cannot) < len(options.kinds):
+        while len(world.struck) < options.faults and len(cannot) < len(options.kinds):
             kind = next(turns)
             if kind in cannot:
                 continue
@@ -74,7 +74,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 late.append(f"{kind}: not within the time: {problem}")
                 say(f"WRONG    {late[-1]}")
                 continue
-            world.struck.append(struck)
             detected, back = (math.nan if one is None else one for one in (struck.detected_s, struck.back_s))
             where = f"{struck.job}.{struck.attempt}  {struck.what}"
             say(f"{len(world.struck):4}     {kind:18} seen {detected:6.2f} s  back {back:6.2f} s  {where}")

@@ -149,7 +149,7 @@ def _look_at_attempts(world: World, job: str, struck: Sequence[Struck], found: A
         if attempt.outcome == "hung" and not any(one.kind == "rank-stopped" for one in causes):
             found.false_alarms += 1
             found.wrong.append(f"{job}: attempt {attempt.number} was taken for hung")
-        elif attempt.outcome not in ("succeeded", "hung") and not causes:
+        elif attempt.outcome not in ("succeeded", "stopped", "hung") and not causes:
             found.unexplained_ends += 1
             found.wrong.append(f"{job}: attempt {attempt.number} ended as {attempt.outcome} without a fault")
 

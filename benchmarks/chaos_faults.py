@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -69,6 +70,13 @@ class Cannot(Exception):
     """This kind of fault cannot be done on this machine."""
 
 
+def strike(world: World, kind: str, victim: Victim, **told: Any) -> Struck:
+    """From here on it counts, whatever comes of it."""
+    struck = Struck(kind, *victim.key, **told)
+    world.struck.append(struck)
+    return struck
+
+
 def noticed(world: World, struck: Struck, before: int, kinds: tuple[str, ...] = ()) -> None:
     """Wait for the first event of the job that tells of the fault."""
 
@@ -103,7 +111,7 @@ def rank_killed(world: World) -> Struck:
     victim = world.victim()
     rank = world.draw.randrange(victim.attempt.plan.world_size)
     before, process = world.last_event(victim.job), victim.process(rank)
-    struck = Struck("rank-killed", *victim.key, what=f"rank {rank}", ends={victim.key})
+    struck = strike(world, "rank-killed", victim, what=f"rank {rank}", ends={victim.key})
     process.kill()
     noticed(world, struck, before)
     trains_again(world, struck)
@@ -114,7 +122,7 @@ def agent_killed(world: World) -> Struck:
     victim = world.victim()
     index = world.draw.randrange(len(victim.attempt.nodes))
     before, agent = world.last_event(victim.job), victim.agent(index)
-    struck = Struck("agent-killed", *victim.key, what=f"of node {index}", ends=held_by(world, agent))
+    struck = strike(world, "agent-killed", victim, what=f"of node {index}", ends=held_by(world, agent))
     agent.kill()
     noticed(world, struck, before)
     trains_again(world, struck)
@@ -132,7 +140,7 @@ def raylet_killed(world: World) -> Struck:
     victim = world.victim(lambda one: bool(elsewhere(one)))
     agent, raylet = world.draw.choice(elsewhere(victim))
     index, before = world.node_of(raylet), world.last_event(victim.job)
-    struck = Struck("raylet-killed", *victim.key, what=f"of node-{index}", ends=held_by(world, agent))
+    struck = strike(world, "raylet-killed", victim, what=f"of node-{index}", ends=held_by(world, agent))
     raylet.kill()
     noticed(world, struck, before)
     world.until(lambda: not world.yard.record.ray[index].alive, "its starter sees it")
@@ -147,7 +155,7 @@ def controller_killed(world: World) -> Struck:
     victim = world.victim()
     controller = world.yard.record.controller
     assert controller is not None
-    struck = Struck("controller-killed", *victim.key)
+    struck = strike(world, "controller-killed", victim)
     os.kill(controller.pid, signal.SIGKILL)
     struck.detected_s = until_it_fails(lambda: world.client.health()) - struck.at
     world.up()
@@ -161,7 +169,7 @@ def rank_stopped(world: World) -> Struck:
     victim = world.victim()
     rank = world.draw.randrange(victim.attempt.plan.world_size)
     before, process = world.last_event(victim.job), victim.process(rank)
-    struck = Struck("rank-stopped", *victim.key, what=f"rank {rank}", ends={victim.key})
+    struck = strike(world, "rank-stopped", victim, what=f"rank {rank}", ends={victim.key})
     process.send_signal(signal.SIGSTOP)
     try:
         noticed(world, struck, before, ("hung",))
@@ -178,7 +186,7 @@ def rank_slow(world: World) -> Struck:
     victim = world.victim(eta_s=25.0)
     rank = world.draw.randrange(victim.attempt.plan.world_size)
     before, process = world.last_event(victim.job), victim.process(rank)
-    struck = Struck("rank-slow", *victim.key, what=f"rank {rank}")
+    struck = strike(world, "rank-slow", victim, what=f"rank {rank}")
     over = threading.Event()
 
     def brake() -> None:
@@ -229,7 +237,7 @@ def out_of_memory(world: World) -> Struck:
         held = int((group / "memory.usage_in_bytes").read_text())
         (group / "memory.limit_in_bytes").write_text(str(held + SPARE))
         before = world.last_event(victim.job)
-        struck = Struck("out-of-memory", *victim.key, what=f"rank {rank}", ends={victim.key})
+        struck = strike(world, "out-of-memory", victim, what=f"rank {rank}", ends={victim.key})
         eater = subprocess.Popen([sys.executable, "-c", EATER, str(group), str(process.pid)])
         try:
             eater.wait(60)
@@ -250,7 +258,7 @@ def disk_full(world: World) -> Struck:
     victim = world.victim()
     before = world.last_event(victim.job)
     balloon = world.disk / "balloon"
-    struck = Struck("disk-full", *victim.key)
+    struck = strike(world, "disk-full", victim)
     with balloon.open("wb", buffering=0) as stream:
         try:
             for size in (MIB, 1 << 12):
@@ -293,7 +301,7 @@ def checkpoint_torn(world: World) -> Struck:
         os.truncate(shard, world.draw.randrange(shard.stat().st_size))
         how = "cut"
     what = f"{newest}/{shard.name} {how}"
-    struck = Struck("checkpoint-torn", *victim.key, what=what, ends={victim.key}, damaged=str(newest))
+    struck = strike(world, "checkpoint-torn", victim, what=what, ends={victim.key}, damaged=str(newest))
     for process in ranks:
         process.kill()
     noticed(world, struck, before, ("checkpoint-quarantined",))
@@ -303,7 +311,7 @@ def checkpoint_torn(world: World) -> Struck:
 
 def database_away(world: World) -> Struck:
     victim = world.victim()
-    struck = Struck("database-away", *victim.key)
+    struck = strike(world, "database-away", victim)
     if world.database is None:
         raise Cannot("PostgreSQL is not installed, or cannot run here")
     world.database.stop()
@@ -326,7 +334,7 @@ def head_killed(world: World) -> Struck:
     head = world.yard.record.ray[0]
     server = next(child for child in psutil.Process(head.pid).children() if child.name() == "gcs_server")
     kept = world.yard.record.redis is not None
-    struck = Struck("head-killed", *victim.key, what="Redis" if kept else "no Redis")
+    struck = strike(world, "head-killed", victim, what="Redis" if kept else "no Redis")
     struck.ends = {one.key for one in world.live()}
     server.kill()
     struck.detected_s = until_it_fails(world.check_nodes) - struck.at
