@@ -310,10 +310,10 @@ def checkpoint_torn(world: World) -> Struck:
 
 
 def database_away(world: World) -> Struck:
-    victim = world.victim()
-    struck = strike(world, "database-away", victim)
     if world.database is None:
         raise Cannot("PostgreSQL is not installed, or cannot run here")
+    victim = world.victim()
+    struck = strike(world, "database-away", victim)
     world.database.stop()
     try:
         struck.detected_s = until_it_fails(lambda: world.client.jobs(), StoreError) - struck.at

@@ -255,7 +255,7 @@ def _start_node(settings: Settings, record: YardRecord, index: int, nodes: int) 
         sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
         f"--num-cpus={slots}", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder}",
         "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
-        f"--labels={NAME_LABEL}=node-{index},{CORES_LABEL}={cores},{MEMORY_LABEL}={memory},{START_LABEL}={label}",
+        _labels(index, cores, memory, label),
     ]  # fmt: skip
     if index:
         process = _spawn(settings, record, f"ray-{index}", [*argv, f"--address={record.ray_address}"])
@@ -267,6 +267,11 @@ def _start_node(settings: Settings, record: YardRecord, index: int, nodes: int) 
     process = _spawn(settings, record, "ray-0", head)
     _await(settings, process, "Ray's head", marker.exists)
     return process.model_copy(update={"label": label})
+
+
+def _labels(index: int, cores: int, memory: int, label: str) -> str:
+    known = {NAME_LABEL: f"node-{index}", CORES_LABEL: cores, MEMORY_LABEL: memory, START_LABEL: label}
+    return "--labels=" + ",".join(f"{name}={value}" for name, value in known.items())
 
 
 def _forget(redis: str, yard: str) -> None:
