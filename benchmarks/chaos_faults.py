@@ -38,7 +38,6 @@ QUIET = ("checkpoint-", "slow-rank", "job-running", "attempt-running", "attempt-
 EATER = """
 import os, pathlib, sys, time
 group, victim = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-pathlib.Path("/proc/self/oom_score_adj").write_text("-1000")
 (group / "cgroup.procs").write_text(str(os.getpid()))
 held = []
 while pathlib.Path(f"/proc/{victim}/stat").exists() and ") Z" not in pathlib.Path(f"/proc/{victim}/stat").read_text():
@@ -238,6 +237,7 @@ def out_of_memory(world: World) -> Struck:
         (group / "memory.limit_in_bytes").write_text(str(held + SPARE))
         before = world.last_event(victim.job)
         struck = strike(world, "out-of-memory", victim, what=f"rank {rank}", ends={victim.key})
+        Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")  # not the eater
         eater = subprocess.Popen([sys.executable, "-c", EATER, str(group), str(process.pid)])
         try:
             eater.wait(60)
