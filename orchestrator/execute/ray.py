@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -48,12 +50,11 @@ class RayExecutor:
         self._agents: dict[str, Any] = {}
         self._standbys = standbys
         self._agent_class = agent
+        self._asked: Future[list[dict[str, Any]]] | None = None
+        self._lock = threading.Lock()
 
     def nodes(self) -> list[Node]:
-        try:
-            seen = ray.nodes()
-        except RayError as problem:
-            raise ExecutorError(f"the Ray cluster does not answer: {problem}") from problem
+        seen = self._seen()
         nodes = [_node(entry) for entry in seen if entry["Alive"]]
         alive = {node.id for node in nodes}
         for gone in set(self._agents) - alive:
@@ -62,6 +63,30 @@ class RayExecutor:
             if node.cpu_slots or node.gpus:
                 self._agent(node.id)  # so that it is up before the first gang comes
         return nodes
+
+    def _seen(self) -> list[dict[str, Any]]:
+        """What Ray's head tells of nodes. While it is away Ray waits for it, for minutes: we do not.
+
+        Raises:
+            ExecutorError: it does not answer.
+        """
+        with self._lock:
+            if self._asked is None:
+                self._asked = Future()
+                threading.Thread(target=_ask, args=[self._asked], name="nodes", daemon=True).start()
+            asked = self._asked
+        try:
+            return asked.result(CALL_S)
+        except TimeoutError:
+            raise ExecutorError(
+                f"Ray's head has not answered for {CALL_S:.0f} s", hint="`tuneyard up` starts it again if it has died"
+            ) from None
+        except RayError as problem:
+            raise ExecutorError(f"the Ray cluster does not answer: {problem}") from problem
+        finally:
+            with self._lock:
+                if asked.done() and self._asked is asked:
+                    self._asked = None
 
     def standbys(self) -> dict[str, StandbyReport]:
         asked = {agent.standbys.remote(): node for node, agent in list(self._agents.items())}
@@ -171,6 +196,13 @@ class RayExecutor:
             except RayError:
                 self._agents.pop(asked[reference], None)
         return found
+
+
+def _ask(answer: Future[list[dict[str, Any]]]) -> None:
+    try:
+        answer.set_result(ray.nodes())
+    except Exception as problem:  # whoever waits raises it
+        answer.set_exception(problem)
 
 
 def _reserved(contracts: Sequence[RunContract], failed: dict[str, ExecutorError]) -> Iterator[list[RunContract]]:
