@@ -61,6 +61,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         observer.start()
         turns = kinds_in_turn(options.seed, options.kinds)
         while len(world.struck) < options.faults and len(cannot) < len(options.kinds):
+            if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
+                say(f"         {options.minutes:g} minutes are over")
+                break
             kind = next(turns)
             if kind in cannot:
                 continue
@@ -147,6 +150,7 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=60)
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND")
+    parser.add_argument("--minutes", type=float, help="no more faults after so many, however many there were")
     parser.add_argument("--length", type=float, default=1.0, help="of the jobs; by default a minute or two")
     parser.add_argument("--folder", type=Path, help="work here, and leave models and data")
     parser.add_argument("-o", choices=("text", "json"), default="text")

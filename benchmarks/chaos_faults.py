@@ -27,8 +27,8 @@ AWAY_S = 6.0
 """For how long the database is away."""
 RUN_S, REST_S = 0.05, 0.12
 """A rank that is made slow is let run and stopped in turn."""
-FOLLOW_S = 1.2
-"""The node's agent follows a rank into another cgroup at its next heartbeat."""
+FOLLOW_S = 3.0
+"""The node's agent follows a rank into another cgroup at its next heartbeat, which is late on a loaded machine."""
 MIB = 1 << 20
 SPARE = 24 * MIB
 """What a rank whose memory runs out may still take."""

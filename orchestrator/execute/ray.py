@@ -48,6 +48,9 @@ class RayExecutor:
                 f"no Ray cluster answers at {address}: {problem}", hint="start one with `tuneyard up`"
             ) from problem
         self._agents: dict[str, Any] = {}
+        self._pings: dict[str, Any] = {}
+        """By node: the answer of an agent that has not given one yet."""
+        self._met = False
         self._standbys = standbys
         self._agent_class = agent
         self._asked: Future[list[dict[str, Any]]] | None = None
@@ -58,11 +61,14 @@ class RayExecutor:
         nodes = [_node(entry) for entry in seen if entry["Alive"]]
         alive = {node.id for node in nodes}
         for gone in set(self._agents) - alive:
-            self._agents.pop(gone, None)
+            self._lose(gone)
         for node in nodes:
             if node.cpu_slots or node.gpus:
-                self._agent(node.id)  # so that it is up before the first gang comes
-        return nodes
+                self._agent(node.id)
+        # For seconds Ray takes a node that has died for alive. A gang that is sent there waits in vain.
+        self._hear(0.0 if self._met else CALL_S)
+        self._met = True
+        return [node for node in nodes if node.id not in self._pings]
 
     def _seen(self) -> list[dict[str, Any]]:
         """What Ray's head tells of nodes. While it is away Ray waits for it, for minutes: we do not.
@@ -163,6 +169,17 @@ class RayExecutor:
     def close(self) -> None:
         ray.shutdown()
 
+    def _hear(self, patience: float) -> None:
+        """Learn which new agents have answered by now, or do within `patience` seconds."""
+        asked = {reference: node for node, reference in list(self._pings.items())}
+        for reference in self._answers(asked, patience):
+            self._pings.pop(asked[reference], None)
+
+    def _lose(self, node_id: str) -> None:
+        """The node's agent has died; another is made when it is needed."""
+        self._agents.pop(node_id, None)
+        self._pings.pop(node_id, None)
+
     def _agent(self, node_id: str) -> Any:
         """The node's agent, made if there is none; made again if it died."""
         if node_id not in self._agents:
@@ -176,13 +193,14 @@ class RayExecutor:
                 max_concurrency=8,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
             ).remote(self._standbys)
+            self._pings[node_id] = self._agents[node_id].ping.remote()
         return self._agents[node_id]
 
     def _call(self, node_id: str, method: str, *arguments: Any) -> Any:
         try:
             return ray.get(getattr(self._agent(node_id), method).remote(*arguments), timeout=CALL_S)
         except (RayError, GetTimeoutError) as problem:
-            self._agents.pop(node_id, None)
+            self._lose(node_id)
             raise ExecutorError(f"the agent of node {node_id} does not answer: {problem}") from problem
 
     def _answers(self, asked: Mapping[Any, str], patience: float) -> dict[Any, Any]:
@@ -194,7 +212,7 @@ class RayExecutor:
             try:
                 found[reference] = ray.get(reference)
             except RayError:
-                self._agents.pop(asked[reference], None)
+                self._lose(asked[reference])
         return found
 
 
