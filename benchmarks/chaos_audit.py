@@ -198,14 +198,18 @@ def check_rows(job: str, seen: Sequence[int], steps: int, rows: int, batch: int,
 
 
 def _look_at_checkpoints(world: World, job: str, struck: Sequence[Struck], found: Audit) -> None:
-    """Whether an attempt that began after a checkpoint was damaged began from it."""
-    torn = {one.damaged: one.at for one in struck if one.job == job and one.damaged is not None}
+    """Whether a later attempt began from a checkpoint that had been damaged, by its claim or by its own word."""
+    torn = [one for one in struck if one.job == job and one.damaged is not None]
     if not torn:
         return
-    resumed = [(one.time, one.data) for one in world.events(job) if one.kind == "checkpoint-resumed"]
-    told = {str(one.data.get("id")) for one in world.events(job) if one.kind == "checkpoint-quarantined"}
-    for name, at in torn.items():
-        loaded = [time_ for time_, data in resumed if data.get("id") == name and time_ > at]
+    events = world.events(job)
+    told = {str(one.data.get("id")) for one in events if one.kind == "checkpoint-quarantined"}
+    resumed = {(one.attempt or 0, str(one.data.get("id"))) for one in events if one.kind == "checkpoint-resumed"}
+    store = world.client.attempts(job)[-1].checkpoint_dir or ""
+    claims = Catalogue(open_storage(store)).listing().claims
+    resumed |= {(attempt, str(claim.starts_from)) for attempt, claim in claims.items()}
+    for one in torn:
+        loaded = [attempt for attempt, name in resumed if name == one.damaged and attempt > (one.attempt or 0)]
         found.torn_checkpoints_loaded += len(loaded)
-        if loaded or name not in told:
-            found.wrong.append(f"{job}: {name} was damaged, and " + ("loaded" if loaded else "nobody said so"))
+        if loaded or one.damaged not in told:
+            found.wrong.append(f"{job}: {one.damaged} was damaged, and " + ("loaded" if loaded else "nobody said so"))

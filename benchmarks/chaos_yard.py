@@ -189,7 +189,8 @@ class World:
         raise TooLate(what)
 
     def victims(self, eta_s: float) -> list[Victim]:
-        """Jobs that have trained and saved since they were last started, with so much left to do."""
+        """Jobs that have trained and saved since they were last started, with so much left to do, or with half of it
+        on a machine that is fast."""
         found = []
         for job in self.client.jobs():
             if job.state != JobState.RUNNING or job.checkpoint is None:
@@ -199,7 +200,9 @@ class World:
             line = self.line(job.id, attempt.number)
             if attempt.state != AttemptState.RUNNING or saved is None or saved.attempt != attempt.number:
                 continue
-            if line is None or line.loss is None or (line.eta_s or 0) < eta_s:
+            if line is None or line.loss is None or line.steps is None:
+                continue
+            if (line.eta_s or 0) < eta_s and line.step > line.steps / 2:
                 continue
             victim = Victim(job.id, attempt, AttemptFiles(attempt.run_dir))
             if victim.alive():
