@@ -50,7 +50,8 @@ def kinds_in_turn(seed: int, kinds: Sequence[str]) -> Iterator[str]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All figures, and under `wrong` whatever was."""
     from benchmarks.chaos_audit import Observer, audit
-    from benchmarks.chaos_faults import KINDS, Cannot
+    from benchmarks.chaos_faults import KINDS
+    from benchmarks.chaos_memory import Cannot
     from benchmarks.chaos_yard import TooLate, a_world
 
     began = time.monotonic()

@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from benchmarks.chaos_memory import Cannot, a_container
 from benchmarks.chaos_yard import Victim, World
 from benchmarks.checkpoint_flips import flip_bit
 from launch.checkpoint.catalogue import Catalogue
@@ -27,23 +25,9 @@ AWAY_S = 6.0
 """For how long the database is away."""
 RUN_S, REST_S = 0.05, 0.12
 """A rank that is made slow is let run and stopped in turn."""
-FOLLOW_S = 3.0
-"""The node's agent follows a rank into another cgroup at its next heartbeat, which is late on a loaded machine."""
 MIB = 1 << 20
-SPARE = 24 * MIB
-"""What a rank whose memory runs out may still take."""
 QUIET = ("checkpoint-", "slow-rank", "job-running", "attempt-running", "attempt-placed")
 """Kinds of events that come without a fault, too."""
-
-EATER = """
-import os, pathlib, sys, time
-group, victim = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-(group / "cgroup.procs").write_text(str(os.getpid()))
-held = []
-while pathlib.Path(f"/proc/{victim}/stat").exists() and ") Z" not in pathlib.Path(f"/proc/{victim}/stat").read_text():
-    held.append(b"x" * (1 << 20))
-    time.sleep(0.01)
-"""
 
 
 @dataclass
@@ -63,10 +47,6 @@ class Struck:
     """Until its job trained again; where no attempt ends, until all was as before."""
     damaged: str | None = None
     """A checkpoint that must not be loaded any more."""
-
-
-class Cannot(Exception):
-    """This kind of fault cannot be done on this machine."""
 
 
 def strike(world: World, kind: str, victim: Victim, **told: Any) -> Struck:
@@ -230,20 +210,10 @@ def out_of_memory(world: World) -> Struck:
     victim = world.victim(lambda one: one.job not in used)
     rank = world.draw.randrange(victim.attempt.plan.world_size)
     process = victim.process(rank)
-    with a_cgroup() as group:
-        (group / "cgroup.procs").write_text(str(process.pid))
-        time.sleep(FOLLOW_S)
-        held = int((group / "memory.usage_in_bytes").read_text())
-        (group / "memory.limit_in_bytes").write_text(str(held + SPARE))
+    with a_container(process.pid) as container:
         before = world.last_event(victim.job)
         struck = strike(world, "out-of-memory", victim, what=f"rank {rank}", ends={victim.key})
-        Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")  # not the eater
-        eater = subprocess.Popen([sys.executable, "-c", EATER, str(group), str(process.pid)])
-        try:
-            eater.wait(60)
-        finally:
-            eater.kill()
-            eater.wait()
+        container.fill()
         struck.at = time.time()
         noticed(world, struck, before)
         outcome = world.until(lambda: world.client.attempts(victim.job)[victim.attempt.number - 1].outcome, "it ends")
@@ -391,25 +361,3 @@ def until_it_fails(ask: Callable[[], object], how: type[TuneyardError] = Tuneyar
             return time.time()
         time.sleep(0.05)
     return float("nan")
-
-
-@contextmanager
-def a_cgroup() -> Iterator[Path]:
-    """A cgroup of memory, version 1, below this process's own."""
-    listed = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    own = next((path for _, kind, path in listed if "memory" in kind.split(",")), None)
-    if own is None:
-        raise Cannot("there is no memory controller of cgroup version 1")
-    group = Path("/sys/fs/cgroup/memory") / own.strip("/") / f"tuneyard-chaos-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError as problem:
-        raise Cannot(f"a cgroup cannot be made here: {problem.strerror}") from problem
-    try:
-        yield group
-    finally:
-        for pid in (group / "cgroup.procs").read_text().split():
-            with contextlib.suppress(OSError):
-                (group.parent / "cgroup.procs").write_text(pid)
-        with contextlib.suppress(OSError):
-            group.rmdir()
