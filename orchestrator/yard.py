@@ -40,10 +40,9 @@ STOP_S = 10.0
 NODE_RETRIES = 3
 LEAVE_S = 15.0  # time that agents have to end their ranks and say how, once their raylets are gone
 OBJECT_STORE_BYTES = 100_000_000  # Ray's smallest sensible; no tensors go through it
-# Ray's own heartbeats: a node is dead after about 4 s of silence instead of 15.
-RAY_HEALTH = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "4"}
-# On a loaded machine a node takes longer to start than Ray waits for it.
-RAY_START = {"RAY_raylet_start_wait_time_s": "100", "RAY_agent_register_timeout_ms": "100000"}
+# Ray's own heartbeats: a node is dead after about 4 s of silence instead of 15. And a node may take long to start.
+RAY_WAITS = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "4"}
+RAY_WAITS |= {"RAY_raylet_start_wait_time_s": "100", "RAY_agent_register_timeout_ms": "100000"}
 # With its memory in Redis Ray's head may be away for so long before the other nodes give up; else it is a minute.
 RAY_PATIENCE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
 
@@ -318,9 +317,7 @@ def environment(settings: Settings, record: YardRecord) -> dict[str, str]:
     env = {**os.environ, ENV_YARD: record.id, "TUNEYARD_HOME": str(settings.root)}
     env |= {"TUNEYARD_HOST": settings.host, "TUNEYARD_PORT": record.url.rpartition(":")[2]}
     if record.executor == "ray":
-        env |= (
-            RAY_HEALTH | RAY_START | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(settings.root / RAY_TOKEN)}
-        )
+        env |= RAY_WAITS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(settings.root / RAY_TOKEN)}
         if record.redis is not None:
             env |= RAY_PATIENCE | {"RAY_REDIS_ADDRESS": record.redis, "RAY_external_storage_namespace": record.id}
     return env
