@@ -50,6 +50,9 @@ class RayExecutor:
         self._agents: dict[str, Any] = {}
         self._pings: dict[str, Any] = {}
         """By node: the answer of an agent that has not given one yet."""
+        self._up: set[str] = set()
+        """Nodes whose agent has answered."""
+        self._dead_found: dict[str, int] = {}
         self._met = False
         self._standbys = standbys
         self._agent_class = agent
@@ -68,7 +71,7 @@ class RayExecutor:
         # For seconds Ray takes a node that has died for alive. A gang that is sent there waits in vain.
         self._hear(0.0 if self._met else CALL_S)
         self._met = True
-        return [node for node in nodes if node.id not in self._pings]
+        return [node for node in nodes if node.id in self._up or not (node.cpu_slots or node.gpus)]
 
     def _seen(self) -> list[dict[str, Any]]:
         """What Ray's head tells of nodes. While it is away Ray waits for it, for minutes: we do not.
@@ -173,19 +176,23 @@ class RayExecutor:
         """Learn which new agents have answered by now, or do within `patience` seconds."""
         asked = {reference: node for node, reference in list(self._pings.items())}
         for reference in self._answers(asked, patience):
-            self._pings.pop(asked[reference], None)
+            if self._pings.pop(asked[reference], None) is not None:
+                self._up.add(asked[reference])
 
     def _lose(self, node_id: str) -> None:
         """The node's agent has died; another is made when it is needed."""
         self._agents.pop(node_id, None)
-        self._pings.pop(node_id, None)
+        self._up.discard(node_id)
+        if self._pings.pop(node_id, None) is not None:
+            # Since its head was started again, Ray may give one by name that has died long ago: by another name, then.
+            self._dead_found[node_id] = self._dead_found.get(node_id, 0) + 1
 
     def _agent(self, node_id: str) -> Any:
         """The node's agent, made if there is none; made again if it died."""
         if node_id not in self._agents:
-            actor = ray.remote(self._agent_class)
+            actor, dead = ray.remote(self._agent_class), self._dead_found.get(node_id)
             self._agents[node_id] = actor.options(
-                name=f"node-agent-{node_id}",
+                name=f"node-agent-{node_id}" if dead is None else f"node-agent-{node_id}-{dead}",
                 namespace=NAMESPACE,
                 lifetime="detached",
                 get_if_exists=True,

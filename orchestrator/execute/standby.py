@@ -71,6 +71,8 @@ class Standby:
         """Whether it is there, after hearing what it has said."""
         assert self.process.stdout is not None
         with self._hearing:
+            if self.process.stdout.closed:
+                return False  # by `close`; its launchers may go on
             running = self.process.poll() is None  # before reading: its last words are heard, too
             while read := self.process.stdout.read(1 << 16):
                 *lines, self._unread = (self._unread + read).split(b"\n")
@@ -86,10 +88,11 @@ class Standby:
         """End it; its launchers go on."""
         self.process.kill()
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
+        with self._hearing:
+            for stream in (self.process.stdin, self.process.stdout):
+                assert stream is not None
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
 
 
 class Ordered:
