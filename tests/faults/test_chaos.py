@@ -31,6 +31,7 @@ ZERO = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_six_faults_lose_nothing() -> None:
     argv = [sys.executable, "-m", "benchmarks.chaos", "--faults", "6", "--seed", "3", "--length", "0.6", "-o", "json"]
