@@ -28,6 +28,9 @@ class Settings(BaseSettings):
     """Port of the API; 0 takes a free one."""
     token: SecretStr | None = None
     """The API's token; unset makes one and keeps it in `home`, readable by its owner alone."""
+    redis: str | None = Field(None, pattern=r"^[^\s/]+:\d+$")
+    """host:port of a Redis, for a yard on this machine: Ray's head can then be killed and started again while trainings
+    go on. Unset, a new head makes the cluster anew, and jobs go on from their checkpoints."""
     cpu_slots: int | None = Field(None, ge=1)
     """Ranks that one node without GPUs takes at a time; unset means its cores, and at least 4."""
     memory_gb: float | None = Field(None, gt=0)

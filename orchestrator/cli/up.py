@@ -21,7 +21,7 @@ def up(
 ) -> None:
     """Start a yard on this machine: Ray, the controller and its API.
 
-    What already runs is kept, so this also restarts a controller that died; jobs go on meanwhile.
+    What already runs is kept, so this also starts again what has died: nodes, Ray's head, the controller.
     """
     from orchestrator.settings import Settings
     from orchestrator.yard import as_json

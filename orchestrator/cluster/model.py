@@ -14,6 +14,7 @@ from launch.contract import Device, ExecutionPlan, NodeShare
 NAME_LABEL = "tuneyard.io/name"
 CORES_LABEL = "tuneyard.io/cores"  # a node's CPU slots need not be its cores
 MEMORY_LABEL = "tuneyard.io/memory-bytes"  # what ranks may have of it
+START_LABEL = "tuneyard.io/start"  # another one each time: for seconds, Ray takes a node that has died for alive
 
 
 HOST_SHARE = 0.9

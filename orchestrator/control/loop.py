@@ -180,7 +180,10 @@ class Controller:
         nodes = self.executor.nodes()
         contracts = [attempt.run for attempt in state.attempts]
         offsets = {attempt.run.run_id: attempt.progress_offset for attempt in state.attempts}
-        return Facts(nodes=nodes, statuses=self.executor.poll(contracts, offsets) if contracts else {})
+        statuses = self.executor.poll(contracts, offsets) if contracts else {}
+        if any(not report.reachable for status in statuses.values() for report in status.reports):
+            nodes = self.executor.nodes()  # a node may have been lost meanwhile: nothing is to start there
+        return Facts(nodes=nodes, statuses=statuses)
 
     def _trace(self, state: State, nodes: Sequence[Node]) -> frozenset[str]:
         """Jobs that wait for their memory to be traced: those that need most of a place, as far as formulas tell, and

@@ -91,6 +91,8 @@ class Member:
     _over_at: float | None = None
     _beat_at: float = 0.0
     _meter: Meter | None = None
+    _bereft: bool = False
+    """Whether the agent that started it has died: how its ranks ended is not known then."""
 
     def __post_init__(self) -> None:
         self.files = AttemptFiles(self.request.run_dir)
@@ -137,6 +139,21 @@ class Member:
             self._finish(None)
         return True
 
+    @classmethod
+    def left_behind(cls, request: LaunchRequest) -> Member | None:
+        """The part of an attempt whose agent on this host has died, to be ended by another; None if it has not, or
+        nothing is to be ended any more. Its ranks are killed: their launcher's word went with that agent."""
+        member = cls(request, _bereft=True, _failed_at=time.time())
+        claim = _read(member.files.agent(request.node_index))
+        if claim is None or claim["host"] != socket.gethostname() or is_alive(claim["pid"], claim["start_time"]):
+            return None
+        if member.files.agent_exit(request.node_index).exists():
+            return None
+        known = [process for rank in request.ranks if (process := _read(member.files.process(rank))) is not None]
+        pids = {process["pid"] for process in known if is_alive(process["pid"], process["start_time"])}
+        kill(process for process in of_run(request.run_id) if process.pid in pids)
+        return member
+
     def tick(self, *, healthy: bool = True) -> bool:
         """Look once, act if needed; True when no process of this part is left.
 
@@ -144,11 +161,12 @@ class Member:
         """
         if self.ended:
             return True
-        if healthy:
+        if healthy and not self._bereft:
             self._beat()
         now = time.time()
-        self._see_ranks()
-        self._watch_ranks()
+        if not self._bereft:
+            self._see_ranks()
+            self._watch_ranks()
         ends = {rank: self._exit(rank) for rank in self.request.ranks}
         failed = any(end and end["code"] not in (ExitCode.DONE, ExitCode.STOPPED) for end in ends.values())
         if failed and self._failed_at is None:
@@ -162,7 +180,7 @@ class Member:
             or self._stop_is_overdue(now)
             or self._is_orphan()
         )
-        if overdue or code is not None:
+        if overdue or code is not None or self._bereft:
             left = of_run(self.request.run_id)
             if left and (overdue or self._leavers_are_late(now)):
                 self._ended_by_us = self._ended_by_us or self._why_ended()
@@ -263,9 +281,9 @@ class Member:
         return now - self._failed_at > ECHO_S
 
     def _finish(self, code: int | None) -> None:
-        """Every process is gone: complete the record of how."""
+        """Every process is gone: complete the record of how, as far as that is known."""
         log = self._launcher_tail()
-        for rank in self.request.ranks:
+        for rank in self.request.ranks if not self._bereft else ():
             end = self._exit(rank)
             if end is None and rank in self._seen:
                 self._record_death(rank)

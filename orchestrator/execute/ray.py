@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -46,22 +48,54 @@ class RayExecutor:
                 f"no Ray cluster answers at {address}: {problem}", hint="start one with `tuneyard up`"
             ) from problem
         self._agents: dict[str, Any] = {}
+        self._pings: dict[str, Any] = {}
+        """By node: the answer of an agent that has not given one yet."""
+        self._up: set[str] = set()
+        """Nodes whose agent has answered."""
+        self._dead_found: dict[str, int] = {}
+        self._met = False
         self._standbys = standbys
         self._agent_class = agent
+        self._asked: Future[list[dict[str, Any]]] | None = None
+        self._lock = threading.Lock()
 
     def nodes(self) -> list[Node]:
-        try:
-            seen = ray.nodes()
-        except RayError as problem:
-            raise ExecutorError(f"the Ray cluster does not answer: {problem}") from problem
+        seen = self._seen()
         nodes = [_node(entry) for entry in seen if entry["Alive"]]
         alive = {node.id for node in nodes}
         for gone in set(self._agents) - alive:
-            self._agents.pop(gone, None)
+            self._lose(gone)
         for node in nodes:
             if node.cpu_slots or node.gpus:
-                self._agent(node.id)  # so that it is up before the first gang comes
-        return nodes
+                self._agent(node.id)
+        # For seconds Ray takes a node that has died for alive. A gang that is sent there waits in vain.
+        self._hear(0.0 if self._met else CALL_S)
+        self._met = True
+        return [node for node in nodes if node.id in self._up or not (node.cpu_slots or node.gpus)]
+
+    def _seen(self) -> list[dict[str, Any]]:
+        """What Ray's head tells of nodes. While it is away Ray waits for it, for minutes: we do not.
+
+        Raises:
+            ExecutorError: it does not answer.
+        """
+        with self._lock:
+            if self._asked is None:
+                self._asked = Future()
+                threading.Thread(target=_ask, args=[self._asked], name="nodes", daemon=True).start()
+            asked = self._asked
+        try:
+            return asked.result(CALL_S)
+        except TimeoutError:
+            raise ExecutorError(
+                f"Ray's head has not answered for {CALL_S:.0f} s", hint="`tuneyard up` starts it again if it has died"
+            ) from None
+        except RayError as problem:
+            raise ExecutorError(f"the Ray cluster does not answer: {problem}") from problem
+        finally:
+            with self._lock:
+                if asked.done() and self._asked is asked:
+                    self._asked = None
 
     def standbys(self) -> dict[str, StandbyReport]:
         asked = {agent.standbys.remote(): node for node, agent in list(self._agents.items())}
@@ -142,12 +176,27 @@ class RayExecutor:
     def close(self) -> None:
         ray.shutdown()
 
+    def _hear(self, patience: float) -> None:
+        """Learn which new agents have answered by now, or do within `patience` seconds."""
+        asked = {reference: node for node, reference in list(self._pings.items())}
+        for reference in self._answers(asked, patience):
+            if self._pings.pop(asked[reference], None) is not None:
+                self._up.add(asked[reference])
+
+    def _lose(self, node_id: str) -> None:
+        """The node's agent has died; another is made when it is needed."""
+        self._agents.pop(node_id, None)
+        self._up.discard(node_id)
+        if self._pings.pop(node_id, None) is not None:
+            # Since its head was started again, Ray may give one by name that has died long ago: by another name, then.
+            self._dead_found[node_id] = self._dead_found.get(node_id, 0) + 1
+
     def _agent(self, node_id: str) -> Any:
         """The node's agent, made if there is none; made again if it died."""
         if node_id not in self._agents:
-            actor = ray.remote(self._agent_class)
+            actor, dead = ray.remote(self._agent_class), self._dead_found.get(node_id)
             self._agents[node_id] = actor.options(
-                name=f"node-agent-{node_id}",
+                name=f"node-agent-{node_id}" if dead is None else f"node-agent-{node_id}-{dead}",
                 namespace=NAMESPACE,
                 lifetime="detached",
                 get_if_exists=True,
@@ -155,13 +204,14 @@ class RayExecutor:
                 max_concurrency=8,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
             ).remote(self._standbys)
+            self._pings[node_id] = self._agents[node_id].ping.remote()
         return self._agents[node_id]
 
     def _call(self, node_id: str, method: str, *arguments: Any) -> Any:
         try:
             return ray.get(getattr(self._agent(node_id), method).remote(*arguments), timeout=CALL_S)
         except (RayError, GetTimeoutError) as problem:
-            self._agents.pop(node_id, None)
+            self._lose(node_id)
             raise ExecutorError(f"the agent of node {node_id} does not answer: {problem}") from problem
 
     def _answers(self, asked: Mapping[Any, str], patience: float) -> dict[Any, Any]:
@@ -173,8 +223,15 @@ class RayExecutor:
             try:
                 found[reference] = ray.get(reference)
             except RayError:
-                self._agents.pop(asked[reference], None)
+                self._lose(asked[reference])
         return found
+
+
+def _ask(answer: Future[list[dict[str, Any]]]) -> None:
+    try:
+        answer.set_result(ray.nodes())
+    except Exception as problem:  # whoever waits raises it
+        answer.set_exception(problem)
 
 
 def _reserved(contracts: Sequence[RunContract], failed: dict[str, ExecutorError]) -> Iterator[list[RunContract]]:

@@ -30,6 +30,8 @@ class NodeAgent:
     def __init__(self, standbys: int = 0) -> None:
         self._raylet = os.getppid()
         self._members: dict[str, Member] = {}
+        self._seen: set[str] = set()
+        """Runs that it has started, or has seen not to be left behind by another agent."""
         self._lock = threading.Lock()
         self._probes = Probes()
         self._standbys = Standbys(standbys)
@@ -65,11 +67,20 @@ class NodeAgent:
 
     def report(self, parts: Sequence[tuple[str, int, int]]) -> list[NodeReport]:
         """What is known of this node's parts, each a contract as JSON, the node's index in it, and from which byte of
-        rank 0's progress on there may be news."""
-        return [
-            read_report(RunContract.model_validate_json(text), index, offset, reachable=True)
-            for text, index, offset in parts
-        ]
+        rank 0's progress on there may be news. What an agent before this one has left behind is ended."""
+        contracts = [(RunContract.model_validate_json(text), index, offset) for text, index, offset in parts]
+        for contract, index, _ in contracts:
+            self._inherit(contract, index)
+        return [read_report(contract, index, offset, reachable=True) for contract, index, offset in contracts]
+
+    def _inherit(self, contract: RunContract, node_index: int) -> None:
+        with self._lock:
+            if contract.run_id in self._seen:
+                return
+            self._seen.add(contract.run_id)
+            member = Member.left_behind(build_request(contract, node_index))
+            if member is not None:
+                self._members[contract.run_id] = member
 
     def standbys(self) -> StandbyReport:
         with self._lock:

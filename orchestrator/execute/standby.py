@@ -53,6 +53,7 @@ class Standby:
         """Number of an order → its launcher's exit status."""
         self._orders = 0
         self._unread = b""
+        self._closed = False
         self._hearing = threading.Lock()  # an agent's watch and whoever asks for a report both listen
 
     def order(self, argv: tuple[str, ...], environment: dict[str, str], cwd: str, log: Path) -> Ordered | None:
@@ -71,6 +72,8 @@ class Standby:
         """Whether it is there, after hearing what it has said."""
         assert self.process.stdout is not None
         with self._hearing:
+            if self._closed:
+                return False
             running = self.process.poll() is None  # before reading: its last words are heard, too
             while read := self.process.stdout.read(1 << 16):
                 *lines, self._unread = (self._unread + read).split(b"\n")
@@ -86,10 +89,12 @@ class Standby:
         """End it; its launchers go on."""
         self.process.kill()
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
+        with self._hearing:
+            self._closed = True
+            for stream in (self.process.stdin, self.process.stdout):
+                assert stream is not None
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
 
 
 class Ordered:

@@ -20,6 +20,7 @@ from orchestrator.execute.local import free_port
 from orchestrator.serve.secret import API_TOKEN
 from orchestrator.settings import Settings
 from orchestrator.yard import environment
+from tests.redis import a_redis
 from tests.worlds import write_bert, write_messages
 from tests.yards import Yard, a_yard, kill, until
 
@@ -197,6 +198,80 @@ def test_a_node_lost_with_its_processes_alive_never_overlaps_with_the_next_attem
         assert codes <= {ExitCode.LEASH_EXPIRED, ExitCode.STOPPED}
     yard.run("cancel", job, "--wait")
     assert yard.left_of(job) == []
+
+
+def test_what_an_agent_that_dies_alone_leaves_is_ended_by_the_next(yard: Yard) -> None:
+    job, agent, raylet = _ticking(yard, "bereft")
+    pids = yard.rank_pids(job)
+    died = deaths(pids)
+    kill(agent)
+    until(lambda: yard.ticks(job, attempt=2))
+    first, second = yard.describe(job)["attempts"]
+    assert first["outcome"] == "node-lost"
+    assert set(died) == set(pids)
+    assert second["created_at"] >= max(died.values())
+    assert raylet.is_running()
+    yard.run("cancel", job, "--wait")
+    assert yard.left_of(job) == []
+
+
+def test_up_starts_nodes_again(yard: Yard) -> None:
+    yard.run("up")  # the tests before have killed some
+    assert len(yard.json("nodes")) == 3
+    before = yard.record
+    job, _, raylet = _off_the_head(yard, "again")
+    raylet.kill()
+    until(lambda: not yard.record.whole)
+    yard.run("up")
+    after = yard.record
+    assert len(yard.json("nodes")) == 3
+    assert (after.id, after.controller, after.ray[0]) == (before.id, before.controller, before.ray[0])
+    assert sum(one != other for one, other in zip(before.ray, after.ray, strict=True)) == 1
+    until(lambda: yard.ticks(job, attempt=2))
+    yard.run("cancel", job, "--wait")
+
+
+def _kill_head(yard: Yard) -> None:
+    head = yard.record.ray[0]
+    next(child for child in psutil.Process(head.pid).children() if child.name() == "gcs_server").kill()
+    until(lambda: not head.alive)
+
+
+@pytest.mark.slow
+def test_without_redis_a_new_head_makes_the_cluster_anew_and_jobs_go_on(yard: Yard) -> None:
+    job, _, _ = _off_the_head(yard, "headless")
+    pids = yard.rank_pids(job)
+    died = deaths(pids)
+    _kill_head(yard)
+    yard.run("up")
+    assert len(yard.json("nodes")) == 3
+    until(lambda: yard.ticks(job, attempt=2))
+    assert set(died) == set(pids)
+    assert yard.describe(job)["attempts"][1]["created_at"] >= max(died.values())
+    yard.run("cancel", job, "--wait")
+    assert yard.left_of(job) == []
+
+
+@pytest.mark.slow
+def test_with_redis_trainings_elsewhere_go_on_while_the_head_is_away() -> None:
+    with a_redis() as redis, a_yard("--nodes", "3", redis=redis) as yard:
+        job, _, _ = _off_the_head(yard, "kept")
+        pids = yard.rank_pids(job)
+        controller = yard.record.controller
+        _kill_head(yard)
+        assert yard.run("nodes", check=False).returncode != 0  # it is told, not waited for
+        ticked = len(yard.ticks(job))
+        until(lambda: len(yard.ticks(job)) > ticked + 20)
+        yard.run("up")
+        assert len(yard.json("nodes")) == 3
+        assert yard.record.controller == controller
+        more = yard.submit(yard.ticker("more", ticks=3))
+        assert yard.json("wait", more)["state"] == "succeeded"
+        told = yard.describe(job)
+        assert (told["state"], len(told["attempts"])) == ("running", 1)
+        assert yard.rank_pids(job) == pids
+        yard.run("cancel", job, "--wait")
+        assert yard.left_of(job) == []
 
 
 def _ticking(yard: Yard, name: str, processes: int = 2) -> tuple[str, int, psutil.Process]:

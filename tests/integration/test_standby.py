@@ -289,3 +289,10 @@ def test_two_threads_that_listen_lose_no_word(monkeypatch: pytest.MonkeyPatch) -
     standby.close()
     assert problems == []
     assert set(standby.ended) == set(range(2_000))
+
+
+def test_one_that_was_closed_is_not_alive_for_those_that_still_ask() -> None:
+    """As the agent of a node that has lost its raylet does, which then ends its attempts."""
+    standby = Standby(dict(os.environ))
+    standby.close()
+    assert not standby.alive()

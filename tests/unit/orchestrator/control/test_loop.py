@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 
 from launch.attempt import ExitCode
-from orchestrator.cluster.status import Spent
+from launch.contract import RunContract
+from orchestrator.cluster.status import AttemptStatus, Spent
 from orchestrator.control.actions import EndAttempt, SendStop, StartAttempt
 from orchestrator.control.loop import Controller
 from orchestrator.settings import Settings
@@ -18,10 +19,10 @@ from tests.virtual import World
 
 
 class Scene:
-    """A controller of a node with four slots."""
+    """A controller of a node with four slots, or of others."""
 
-    def __init__(self) -> None:
-        self.world = World([a_node(slots=4)])
+    def __init__(self, world: World | None = None) -> None:
+        self.world = world or World([a_node(slots=4)])
         self.store = Store("sqlite:///:memory:")
         self.store.prepare()
         self.controller = Controller(self.store, self.world, Settings(), clock=lambda: self.world.now)
@@ -92,6 +93,29 @@ def test_where_time_went_is_stored_while_an_attempt_runs_and_when_it_ends(scene:
     gang.exits = {0: an_exit(0, ExitCode.KILLED, failed_at), 1: an_exit(1, ExitCode.CRASH, failed_at + 1, echo=True)}
     scene.tick(2.0)
     assert scene.store.attempts("job")[0].spent == gang.spent.model_copy(update={"failed_at": failed_at})
+
+
+class Sudden(World):
+    """Nodes go while attempts are asked after."""
+
+    going: str | None = None
+
+    def poll(self, contracts: Sequence[RunContract], offsets: Mapping[str, int]) -> dict[str, AttemptStatus]:
+        self.up.discard(self.going or "")
+        return super().poll(contracts, offsets)
+
+
+def test_nothing_starts_on_a_node_that_is_found_to_be_lost_in_the_same_tick() -> None:
+    world = Sudden([a_node("n0"), a_node("n1")])
+    scene = Scene(world)
+    scene.submit("first", a_command_job(2))
+    (start,) = (one for one in scene.tick() if isinstance(one, StartAttempt))
+    world.going = start.placement.shares[0].node
+    scene.submit("second", a_command_job(2))  # the rest of that node would suit it best
+    (start,) = (one for one in scene.tick(1.0) if isinstance(one, StartAttempt))
+    assert start.placement.shares[0].node != world.going
+    scene.controller.close()
+    scene.store.close()
 
 
 def test_what_was_told_of_a_lost_node_stays(scene: Scene) -> None:

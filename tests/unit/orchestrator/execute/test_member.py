@@ -251,3 +251,29 @@ def test_the_plans_allocator_joins_what_the_node_and_the_job_say(
     assert a_member(run_id, launcher, "done", env={**said, **wish})._environment() == {**found, **said}
     # A process with torch loaded has read another wish, so it is not the one for this.
     assert standby_key(found) != standby_key(a_member(run_id, launcher, "done")._environment())
+
+
+def test_what_a_dead_agent_left_behind_is_ended_and_nothing_is_said_of_its_ranks(run_id: str, launcher: Path) -> None:
+    """How they ended nobody knows, so that the attempt counts as lost with its node."""
+    member = a_member(run_id, launcher, "hang")
+    agent = "import sys; from orchestrator.execute.member import *; Member(LaunchRequest.loads(sys.argv[1])).start()"
+    dead = subprocess.run([sys.executable, "-c", agent, member.request.dumps()], check=False)
+    assert dead.returncode == 0
+    until(member.files.process(0).exists)
+    assert of_run(run_id)
+    taken = Member.left_behind(member.request)
+    assert taken is not None
+    until(taken.tick)
+    assert of_run(run_id) == []
+    assert member.files.agent_exit(0).exists()
+    assert not member.files.exit(0).exists()
+    assert Member.left_behind(member.request) is None
+
+
+def test_what_a_living_agent_holds_is_left_to_it(run_id: str, launcher: Path) -> None:
+    assert Member.left_behind(a_member(run_id, launcher, "hang").request) is None  # nobody has claimed it yet
+    member = a_member(run_id, launcher, "hang")
+    assert member.start()
+    until(member.files.process(0).exists)
+    assert Member.left_behind(member.request) is None
+    assert of_run(run_id)

@@ -6,7 +6,7 @@ from typing import Any
 
 from launch.contract import NodeShare, RunContract
 from orchestrator.cluster.gpus import KNOWN
-from orchestrator.cluster.model import CORES_LABEL, MEMORY_LABEL, NAME_LABEL, Gpu
+from orchestrator.cluster.model import CORES_LABEL, MEMORY_LABEL, NAME_LABEL, START_LABEL, Gpu
 from orchestrator.execute.ray import GPU_TYPE_LABEL, _node
 from orchestrator.memory.plan import plan
 from orchestrator.yard import _labels
@@ -28,11 +28,11 @@ def test_a_node_without_labels_is_named_by_its_host() -> None:
 
 
 def test_the_labels_that_a_yard_gives_are_those_that_are_read() -> None:
-    given = _labels(2, 16, 5_000).removeprefix("--labels=")
+    given = _labels(2, 16, 5_000, "e0").removeprefix("--labels=")
     node = _node(an_entry({"CPU": 4.0}, dict(pair.split("=") for pair in given.split(","))))
     assert (node.name, node.cores, node.cpu_slots) == ("node-2", 16, 4)
     assert node.memory_bytes == 5_000
-    assert set(node.labels) == {NAME_LABEL, CORES_LABEL, MEMORY_LABEL}
+    assert set(node.labels) == {NAME_LABEL, CORES_LABEL, MEMORY_LABEL, START_LABEL}
 
 
 def test_a_gpus_type_is_a_label_or_a_resource() -> None:
