@@ -2,10 +2,11 @@
 
     python -m benchmarks.stops --moments 50 [--seed 1] [-o json]
 
-Jobs of two ranks under DDP, ZeRO-2 and ZeRO-3 train on a yard without Ray. Each is stopped again and again, once in each
-attempt: by SIGTERM to a rank, to all ranks, to the launcher or to the node's agent, by a pause, a pre-emption, or a drain
-of the node. A moment is drawn for each: a time after a phase begins (start, load, first step, step, evaluation, save,
-export), or, where the controller carries it out, any time after the attempt began. Then the job goes on.
+Jobs of two ranks under DDP, ZeRO-2 and ZeRO-3 train on a yard without Ray. Each is stopped again and again, once in
+each attempt: by SIGTERM to a rank, to the launcher, to the node's agent or to all of these, by a pause, a pre-emption,
+or a drain of the node. A moment is drawn for each: a time after a phase begins (start, load, first step, step,
+evaluation, save, export), or, where the controller carries it out, any time after the attempt began. Then the job goes
+on.
 
 `steps_lost` are steps that an attempt had begun and the next one did not resume after, whether or not they had been
 finished; ranks write down what rows they train on before each step. The final weights must be, bit by bit, those of the
@@ -15,6 +16,7 @@ same job that nobody stopped. The last line of stdout is JSON; the status is 1 i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -28,12 +30,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from launch.attempt import AttemptFiles, ExitCode
+from launch.attempt import ENV_RUN_ID, AttemptFiles
 from launch.document import read_document
 from launch.pulse import read_beat
 from orchestrator.client import Client
+from orchestrator.execute.processes import carrying
 from orchestrator.job.lifecycle import JobState
 from orchestrator.job.spec import load_job
 from orchestrator.settings import Settings
@@ -43,7 +44,7 @@ from tests.yards import Yard, a_yard, until
 
 ENGINES = ("ddp", "zero2", "zero3")
 STEPS, EVAL_EVERY, SAVE_EVERY = 48, 12, 7
-SIGNALLED = ("sigterm-rank", "sigterm-ranks", "sigterm-launcher", "sigterm-agent")
+SIGNALLED = ("sigterm-rank", "sigterm-launcher", "sigterm-agent", "sigterm-all")
 ASKED = ("pause", "preempt", "drain")
 PHASES = ("start", "load", "first-step", "step", "evaluate", "save", "export")
 SPAN_S = {"start": 1.0, "load": 0.6, "first-step": 0.2, "step": 1.5, "evaluate": 0.4, "save": 0.02, "export": 0.1}
@@ -183,15 +184,9 @@ class Stops:
                 case "drain":
                     self._client.mark_node(self._node, "drain")
             return True
-        whom = {
-            "sigterm-agent": lambda: [_pid_in(files.agent(0))],
-            "sigterm-launcher": lambda: _launchers(files),
-            "sigterm-ranks": lambda: [_pid_in(files.process(rank)) for rank in range(2)],
-            "sigterm-rank": lambda: [_pid_in(files.process(1))],
-        }[way]()
         told = False
-        for pid in whom:
-            if pid is not None and psutil.pid_exists(pid):
+        for pid in _whom(files, way):
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
                 told = True
         return told
@@ -220,14 +215,14 @@ class Stops:
         figures.restarts_used += view.failures
         for one, after in zip(attempts, [*attempts[1:], None], strict=True):
             files = self._files(job, one.number)
-            ended = {json.loads(files.exit(rank).read_bytes())["code"] for rank in range(2) if files.exit(rank).exists()}
+            ends = [files.exit(rank) for rank in range(2)]
+            ended = {json.loads(end.read_bytes())["code"] for end in ends if end.exists()}
             if one.outcome not in ("stopped", "succeeded"):
                 figures.attempts_that_failed += 1
                 self._wrong(f"{job} attempt {one.number} ({moments.get(one.number)}) ended {one.outcome}: {ended}")
-            assert ended <= {ExitCode.DONE, ExitCode.STOPPED} or one.outcome not in ("stopped", "succeeded")
             if after is None:
                 continue
-            begun = max((max(self._steps(job, one.number, rank), default=0) for rank in range(2)))
+            begun = max(max(self._steps(job, one.number, rank), default=0) for rank in range(2))
             from_step = min(self._steps(job, after.number, 0), default=None)
             later = [s for a in attempts if a.number > one.number for s in self._steps(job, a.number, 0)]
             lost = len([step for step in set(later) if step <= begun])
@@ -279,22 +274,34 @@ def _pid_in(path: Path) -> int | None:
         return None
 
 
-def _launchers(files: AttemptFiles) -> list[int | None]:
-    """The parent of rank 0, once there is one."""
-    pid = _pid_in(files.process(0))
-    try:
-        return [psutil.Process(pid).ppid()] if pid is not None else []
-    except psutil.Error:
-        return []
+def _whom(files: AttemptFiles, way: str) -> list[int]:
+    """Pids of those that a way speaks to, as far as they are there by now."""
+    run_id = f"{files.run_dir.parent.name}.{files.run_dir.name.removeprefix('attempt-')}"
+    agent = _pid_in(files.agent(0))
+    ranks = [pid for rank in range(2) if (pid := _pid_in(files.process(rank))) is not None]
+    # A rank that has not introduced itself yet may be taken for the launcher, which is older.
+    others = [process for process in carrying(ENV_RUN_ID, run_id) if process.pid not in ranks]
+    launcher = [process.pid for process in sorted(others, key=lambda process: process.create_time())[:1]]
+    match way:
+        case "sigterm-agent":
+            return [agent] if agent is not None else []
+        case "sigterm-launcher":
+            return launcher
+        case "sigterm-rank":
+            return ranks[-1:]
+        case _:
+            return [*([agent] if agent is not None else []), *launcher, *ranks]
 
 
 def measure(folder: Path, moments: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
     """All figures."""
     rules = json.dumps({"min_run_for_class_s": 0})
-    with a_yard("--executor", "local", cpu_slots="2", standbys="1", rules=rules) as yard:
-        with connect(Settings(home=yard.home)) as client:
-            until(lambda: sum(node.standbys.count for node in client.nodes()), PATIENCE_S)
-            return {"seed": seed} | vars(Stops(yard, client, folder, seed, say).stop(moments))
+    with (
+        a_yard("--executor", "local", cpu_slots="2", standbys="1", rules=rules) as yard,
+        connect(Settings(home=yard.home)) as client,
+    ):
+        until(lambda: sum(node.standbys.count for node in client.nodes()), PATIENCE_S)
+        return {"seed": seed} | vars(Stops(yard, client, folder, seed, say).stop(moments))
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -32,6 +33,10 @@ LAST_MINUTE_S = 20.0
 """For how long a rank that has failed waits for a save to be committed; if a peer died, it notices at once."""
 
 
+Owed = Literal["evaluation", "end"]
+"""The evaluation after this step; or all that follows the last step, whichever that was."""
+
+
 class LoopState(BaseModel):
     """Where the loop was, beside step and consumed samples."""
 
@@ -45,6 +50,8 @@ class LoopState(BaseModel):
     skipped: int = 0
     best: BestState | None = None
     """Its weights are among the tensors, as `best/NAME`."""
+    owes: Owed | None = None
+    """What was broken off by a stop, and is to be done before the next step."""
 
 
 class Saving:

@@ -6,13 +6,12 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from launch.best import Best
-from launch.config import LossMode, TrainSpec
-from launch.contract import Allocator, AttemptFiles, ExitCode, RankResult, RunContract, TrainSummary
+from launch.config import TrainSpec
+from launch.contract import AttemptFiles, ExitCode, RankResult, RunContract, TrainSummary
 from launch.data import Batch, Corpus, Rows, load_corpus, sampler_for
 from launch.determinism import fix_numerics, seed_all
 from launch.dropout import drop_cheaply
@@ -22,14 +21,15 @@ from launch.export import Outcome, export
 from launch.feed import Feed
 from launch.host import resident_bytes, take_share
 from launch.losses import loss_terms, weights_of_classes
-from launch.metrics import EarlyStop, Evaluation, evaluate
+from launch.metrics import Asking, EarlyStop, Evaluation, Interrupted, check_held_out, evaluate
 from launch.model import build_model, load_tokenizer
 from launch.objective import Objective, check_loss_mode, objective_of
 from launch.progress import Progress, SampleLog
 from launch.report import ClassReport, class_report
+from launch.result import Found, rank_result
 from launch.sampler import micro_steps
 from launch.samples import continued
-from launch.saving import LoopState, Saving
+from launch.saving import LoopState, Owed, Saving
 from launch.schedule import rate_at
 from launch.stop import StopWish
 from launch.tally import Heard, Step, Tally, Wishes, either
@@ -89,12 +89,18 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     except Exception:
         saving.let_finish()
         raise
+    if not stopped:
+        step = loop.take_best()
+        try:
+            metrics, classes = loop.final_metrics()
+        except Interrupted:
+            loop.put_back()
+            stopped = True
     if stopped:
-        loop.save(wait=True)
+        if loop.step > 0:
+            loop.save(wait=True)
         return ExitCode.STOPPED, loop.result(None, None)
 
-    step = loop.take_best()
-    metrics, classes = loop.final_metrics()
     samples = continued(engine, tokenizer, corpus.test or corpus.validation, spec.train)
     progress.phase("export", loop.step, loop.steps, loop.consumed)
     outcome = Outcome(step, metrics, classes, tuple(samples), corpus.dropped, tuple(progress.curve))
@@ -104,14 +110,6 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
         tracker.finish()
     progress.phase("done", loop.step, loop.steps, loop.consumed)
     return ExitCode.DONE, loop.result(metrics, contract.output_dir)
-
-
-class Found(NamedTuple):
-    """What a rank has found of itself that its engine does not know."""
-
-    loss: LossMode
-    allocator: Allocator
-    baseline_bytes: int
 
 
 class Loop:
@@ -157,6 +155,8 @@ class Loop:
         # loss decides whether the step is taken.
         self.tally = Tally(self.device, late=self.plan.device == "cuda" and self.optim.on_nonfinite == "stop")
         self.measured: tuple[int, dict[str, float]] | None = None  # the last evaluation, and of which step
+        self.owes: Owed | None = None
+        self.last: dict[str, torch.Tensor] | None = None  # weights of the last step, while those of the best are there
         self.steps = self.optim.max_steps or sampler.steps_for(self.optim.epochs or 1)
         self.step = 0
         self.consumed = 0
@@ -176,24 +176,19 @@ class Loop:
     def run(self) -> bool:
         """Train to the last step; True if the ranks agreed to stop before it."""
         held_out = self.corpus.validation or self.corpus.test
-        if held_out is None and (self.early_stop is not None or self.best is not None):
-            name = "early_stopping" if self.early_stop is not None else "keep_best"
-            raise SpecError(
-                f"{name} has nothing to look at: there is neither validation nor test data",
-                code="no-held-out-data",
-                field=f"train.{name}",
-                hint="add data.validation, or data.split.validation",
-            )
-        if self.optim.samples and held_out is None:
-            raise SpecError(
-                "samples are continuations of held-out prompts: there is neither validation nor test data",
-                code="no-held-out-data",
-                field="train.samples",
-                hint="add data.test, or data.split.test",
-            )
+        check_held_out(self.optim, held_out)
         self.engine.module.train()
         self.progress.start_training(self.step, self.consumed)
-        while self.step < self.steps:
+        try:
+            return Asking(self.engine, self.stop.wished).agreed() or self.takes_steps(held_out)
+        except Interrupted:
+            return True
+
+    def takes_steps(self, held_out: Rows | None) -> bool:
+        """As `run`. Raises Interrupted instead where that was in an evaluation."""
+        if self.owes == "evaluation" and held_out is not None:
+            self.look(held_out)
+        while self.step < self.steps and self.owes is None:
             wishes = self.train_step()
             evaluates = held_out is not None and self.is_time_to_evaluate()
             saves = self.saving.is_due(self.step)
@@ -202,18 +197,25 @@ class Loop:
             if wishes.give_up:
                 self.saving.finish()
             if wishes.stop and self.step < self.steps:
+                self.owes = "evaluation" if evaluates else None
                 return True
             if held_out is not None and evaluates:
-                metrics = self.evaluated(held_out).metrics
-                self.measured = (self.step, metrics)
-                if self.best is not None:
-                    self.best.sees(metrics, self.step)
-                if self.early_stop is not None and self.early_stop.sees(metrics):
-                    self.stopped_early = True
-                    break
-            if saves or wishes.save:
+                self.look(held_out)
+            if (saves or wishes.save) and self.owes is None:
                 self.save()
+        self.owes = "end"
         return False
+
+    def look(self, held_out: Rows) -> None:
+        """Evaluate after this step, which may be the last then."""
+        self.owes = "evaluation"
+        metrics = self.evaluated(held_out).metrics
+        self.owes = None
+        self.measured = (self.step, metrics)
+        if self.best is not None:
+            self.best.sees(metrics, self.step)
+        if self.early_stop is not None and self.early_stop.sees(metrics):
+            self.stopped_early, self.owes = True, "end"
 
     def is_time_to_evaluate(self) -> bool:
         """Every so many steps; the last step's weights, too, may be the best."""
@@ -225,8 +227,14 @@ class Loop:
         if self.best is None or self.best.state is None:
             return self.step
         self.saving.await_copy()
+        self.last = self.engine.fragments()
         self.best.restore()
         return self.best.state.step
+
+    def put_back(self) -> None:
+        """Give the model the weights of the last step again, to go on from them."""
+        if self.last is not None:
+            self.engine.restore(self.last)
 
     def resume(self) -> None:
         """Begin the attempt: go on from the newest good checkpoint, if the job has one."""
@@ -237,9 +245,11 @@ class Loop:
         manifest, state = found
         self.step, self.consumed = manifest.step, manifest.samples
         self.losses, self.skipped = list(state.losses), state.skipped
+        self.owes = state.owes
         self.progress.curve.extend(state.curve)
         if self.early_stop is not None and state.early_stop is not None:
             self.early_stop.state = state.early_stop
+            self.stopped_early = self.owes == "end" and self.early_stop.over
         if manifest.plan.world_size != self.plan.world_size:
             # The ranks' own random numbers are those of other ranks; the first ones again would repeat their masks.
             seed_all(self.optim.seed + self.step, self.rank)
@@ -253,6 +263,7 @@ class Loop:
             curve=tuple(self.progress.curve),
             skipped=self.skipped,
             best=self.best.state if self.best is not None else None,
+            owes=self.owes,
         )
         self.progress.pulse.enter("save", self.step)
         metrics = self.measured[1] if self.measured is not None and self.measured[0] == self.step else None
@@ -350,7 +361,8 @@ class Loop:
     def evaluated(self, rows: Rows) -> Evaluation:
         size = self.optim.eval_batch_size or 2 * self.plan.micro_batch_size
         moves = partial(self.progress.pulse.enter, "evaluate", self.step)
-        evaluation = evaluate(self.engine, self.objective, rows, self.task, size, self.pad_token_id, moves)
+        asked = self.stop.wished
+        evaluation = evaluate(self.engine, self.objective, rows, self.task, size, self.pad_token_id, moves, asked)
         self.progress.evaluation(self.step, self.steps, self.consumed, evaluation.metrics)
         return evaluation
 
@@ -363,7 +375,6 @@ class Loop:
         return metrics, class_report(final.classes, predicted, self.corpus.labels) if predicted is not None else None
 
     def result(self, metrics: dict[str, float] | None, output_dir: str | None) -> RankResult:
-        found = self.engine.describe()
         summary = TrainSummary(
             steps=self.step,
             samples=self.consumed,
@@ -375,22 +386,4 @@ class Loop:
             best_step=self.best.state.step if self.best is not None and self.best.state is not None else None,
             dropped_rows=self.corpus.dropped,
         )
-        return RankResult(
-            engine=found.engine,
-            zero_stage=found.zero_stage,
-            world_size=found.world_size,
-            micro_batch_size=found.micro_batch_size,
-            gradient_accumulation_steps=found.gradient_accumulation_steps,
-            precision=found.precision,
-            offload=found.offload,
-            activation_checkpointing=found.activation_checkpointing,
-            loss=self.found.loss,
-            allocator=self.found.allocator,
-            baseline_bytes=self.found.baseline_bytes,
-            peak_bytes=peak_bytes(self.engine.accelerator.device),
-            moment_bytes=self.engine.moment_bytes(),
-            master_bytes=self.engine.master_bytes(),
-            metrics=metrics if self.rank == 0 else None,
-            train=summary if self.rank == 0 else None,
-            output_dir=output_dir if self.rank == 0 else None,
-        )
+        return rank_result(self.engine, self.found, summary, metrics, output_dir)

@@ -119,6 +119,22 @@ def stop_at() -> None:
     launch.train.Loop.train_step = asked
 
 
+def stop_in_evaluation() -> None:
+    """Not a mistake: rank 0 is asked to stop in the STOP_IN-th evaluation of the attempt."""
+    import launch.train
+
+    evaluated, wanted = launch.train.Loop.evaluated, int(os.environ["STOP_IN"])
+    seen = []
+
+    def asked(loop: launch.train.Loop, *arguments: Any) -> launch.metrics.Evaluation:
+        seen.append(loop.step)
+        if len(seen) == wanted and loop.rank == 0:
+            loop.stop._signalled = True
+        return evaluated(loop, *arguments)
+
+    launch.train.Loop.evaluated = asked
+
+
 def freeze_at() -> None:
     """Not a mistake: rank 0 is stopped by a signal at boundary FREEZE_AT of the second save."""
     import launch.checkpoint.checkpoints as module
@@ -136,6 +152,7 @@ def freeze_at() -> None:
 
 MUTANTS = {
     "stop-at": stop_at,
+    "stop-in-evaluation": stop_in_evaluation,
     "freeze-at": freeze_at,
     "late": late,
     "crash-at-6": crash_at_6,

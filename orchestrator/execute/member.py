@@ -266,7 +266,7 @@ class Member:
             if end is None and rank in self._seen:
                 self._record_death(rank)
             elif end is None:
-                stopped = _read(self.files.stop) is not None
+                stopped = _read(self.files.stop) is not None or _told_to_end(code, log)
                 self._record(
                     rank,
                     ExitCode.STOPPED if stopped else ExitCode.CRASH,
@@ -307,6 +307,11 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return data if isinstance(data, dict) else None
+
+
+def _told_to_end(code: int | None, log: str) -> bool:
+    """Whether SIGTERM ended the launcher, or a rank that did not listen yet: somebody wants the processes gone."""
+    return code == -signal.SIGTERM or re.search(r"exitcode\s*:\s*-15\b|got signal: 15\b", log) is not None
 
 
 def _signal_in(log: str, pid: int) -> int | None:
