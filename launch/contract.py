@@ -292,6 +292,8 @@ class CheckpointNote(Record):
     write_s: float | None = None
     """Of the slowest rank, hashing included."""
     hash_s: float | None = None
+    source: Literal["memory"] | None = None
+    """resumed: it was made of what the ranks before had left, in memory or as they ended; null: they had saved it."""
     spent: dict[str, float] | None = None
     """Of rank 0: seconds by phase (launch.pulse) from its beginning to this save, which makes safe what was done by
     then, however late it is committed."""

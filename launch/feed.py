@@ -10,7 +10,8 @@ import torch
 
 from launch.contract import ExecutionPlan
 from launch.data import Batch, Rows, collate
-from launch.sampler import Indices, Sampler, rank_micro_batches
+from launch.errors import ContractError
+from launch.sampler import Indices, Sampler, micro_steps, rank_micro_batches
 
 
 class Micro(NamedTuple):
@@ -75,3 +76,15 @@ class Feed:
                 batch = batch.map(torch.Tensor.pin_memory)
             found.append(Micro(batch, 0.0, part.rows[:0]) if part.dummy else Micro(batch, 1.0, part.rows))
         return found
+
+
+def check_accumulation(plan: ExecutionPlan, global_batch_size: int) -> None:
+    """Raises ContractError if the plan's micro-batches do not add up to the job's batch."""
+    wanted = micro_steps(global_batch_size, plan.world_size, plan.micro_batch_size)
+    if plan.gradient_accumulation_steps != wanted:
+        raise ContractError(
+            f"{plan.gradient_accumulation_steps} accumulation steps of {plan.micro_batch_size} rows on "
+            f"{plan.world_size} ranks are not the global batch of {global_batch_size} rows",
+            field="plan.gradient_accumulation_steps",
+            hint=f"{wanted} would be",
+        )

@@ -77,3 +77,18 @@ def weights_of_classes(
                 hint=(f"did you mean {near[0]!r}? " if near else "") + f"the classes are: {', '.join(labels)}",
             )
     return torch.tensor([wish.get(label, 1.0) for label in labels])
+
+
+MAX_SKIPPED = 10
+"""Steps in a row whose loss may be not finite, with `on_nonfinite: skip`."""
+
+
+def not_finite(loss: float, step: int, skipped: int) -> SpecError:
+    """What ends a training at `step`, before which so many steps in a row were left out."""
+    before = f", after {skipped} skipped steps" if skipped else ""
+    return SpecError(
+        f"the loss is {loss} at step {step}{before}",
+        code="loss-not-finite",
+        field="train.learning_rate",
+        hint="lower the learning rate, add warmup_steps, or take bf16 or fp32 instead of fp16",
+    )

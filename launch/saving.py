@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from launch.best import Best, BestState
+from launch.checkpoint import random_state
 from launch.checkpoint.checkpoints import Checkpoints
+from launch.checkpoint.copies import AREA
 from launch.checkpoint.draft import Policy
 from launch.checkpoint.interval import MEAN_TIME_BETWEEN_FAILURES_S, interval
 from launch.checkpoint.manifest import CheckpointError, Manifest, Unusable
+from launch.checkpoint.memory import MemoryCopies, Source, leave_in_store
 from launch.checkpoint.retention import Retention
+from launch.checkpoint.state import buffers
 from launch.checkpoint.storage import open_storage
 from launch.config import TrainSpec
 from launch.contract import CheckpointNote, ProgressLine, RunContract
 from launch.engine import Engine
+from launch.errors import TuneyardError
 from launch.metrics import EarlyStopState, sign_of
 from launch.progress import Progress
 
@@ -54,6 +60,17 @@ class LoopState(BaseModel):
     """What was broken off by a stop, and is to be done before the next step."""
 
 
+class Place(NamedTuple):
+    """Where a loop was between two steps, and this rank's random numbers then."""
+
+    step: int
+    consumed: int
+    losses: int
+    """How many."""
+    skipped: int
+    random: random_state.Moment
+
+
 class Saving:
     """The checkpoints of one training. Called by all ranks alike, but for `is_due_by_time`, `has_failed` and `tell`."""
 
@@ -73,7 +90,11 @@ class Saving:
             rank=self._rank,
             policy=policy_of(spec),
             assets=lambda: files_for_export(engine, tokenizer, spec),
+            url=contract.checkpoint_dir,
         )
+        self._engine, self._contract = engine, contract
+        self._copies: MemoryCopies | None = None  # once the attempt has a number
+        self._copied_at: int | None = None
         self._mtbf_s = contract.mtbf_s or MEAN_TIME_BETWEEN_FAILURES_S / len(contract.nodes)
         self._auto = self._spec.every_steps == "auto"
         self._auto_s = interval(FIRST_BLOCKED_S, FIRST_SAVE_S, self._mtbf_s)
@@ -111,6 +132,10 @@ class Saving:
         manifest = self._checkpoints.resume(accept)
         self.tell()
         self._checkpoints.prepare()
+        if self._spec.memory_every_steps is not None:
+            cuda = self._contract.plan.device == "cuda"
+            url = self._contract.checkpoint_dir
+            self._copies = MemoryCopies(self._source(), url, self.attempt, self._rank, cuda=cuda)
         if manifest is None:
             return None
         self._saved_at = manifest.step
@@ -128,6 +153,74 @@ class Saving:
         if self._spec.every_minutes is not None:
             limits.append(60 * self._spec.every_minutes)
         return bool(limits) and time.monotonic() - self._last >= min(limits)
+
+    def copies_at(self, step: int) -> bool:
+        """Whether the job file names this step for copies in memory."""
+        every = self._spec.memory_every_steps
+        return isinstance(every, int) and step % every == 0
+
+    def copies_by_time(self) -> bool:
+        """Whether it is time for copies in memory; rank 0 alone has a clock for it."""
+        auto = self._rank == 0 and self._spec.memory_every_steps == "auto"
+        return auto and self._copies is not None and self._copies.is_due()
+
+    def copy(self, step: int, consumed: int, state: LoopState, best: Best | None) -> None:
+        """Copy this rank's state into the node's memory."""
+        if self._copies is None:
+            return
+        silent = self._copies.failed is None
+        loop = state.model_dump(mode="json", exclude_none=True)
+        self._copies.copy(step, consumed, loop, best.weights if best is not None else None)
+        if self._copies.failed is None:
+            self._copied_at = step
+        elif silent:
+            print(self._copies.failed, flush=True)
+
+    def leave(self, problem: Exception, place: Place, state: LoopState, best: Best | None) -> None:
+        """For a rank that is about to end by `problem`: if it has all of the state, write that into the store, unless
+        it is there, or another rank does so. The next attempt goes on from it (checkpoint/copies.py)."""
+        if self._contract.plan.zero_stage > 0 or buffers(self._engine.module) or isinstance(problem, TuneyardError):
+            return  # it has a part; or what a forward pass changes is that of the step that failed; or it would again
+        if place.step in (0, self._copied_at) or (place.step == self._saved_at and not self._checkpoints.failed()):
+            return
+        self._progress.pulse.enter("save", place.step)  # the agent gives more time to a rank that saves
+        storage = open_storage(self._contract.checkpoint_dir)
+        where = f"{AREA}/attempt-{self.attempt}/step-{place.step}.rank-{self._rank}"
+        loop = state.model_dump(mode="json", exclude_none=True)
+        weights = best.weights if best is not None else None
+        random = random_state.capture(place.random)
+
+        def write() -> None:
+            with contextlib.suppress(CheckpointError):
+                taken = f"{AREA}/attempt-{self.attempt}/step-{place.step}.taken"
+                if storage.create(taken, str(self._rank).encode()):
+                    leave_in_store(
+                        storage, self._source(whole=True), where, place.step, place.consumed, loop, random, weights
+                    )
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        writer.join(LAST_MINUTE_S)
+
+    def forget_copies(self) -> None:
+        """Free the memory of copies, once all ranks need them no more."""
+        if self._copies is not None:
+            self._copies.forget()
+
+    def _source(self, *, whole: bool = False) -> Source:
+        return Source(
+            self._engine.state(),
+            job=self._contract.job_id,
+            plan=self._contract.plan,
+            attempt=self.attempt,
+            rank=self._rank,
+            whole=whole,
+        )
+
+    @property
+    def random_restored(self) -> bool:
+        """After `resume`: whether this rank goes on with the random numbers that it had."""
+        return self._checkpoints.random_restored
 
     def has_failed(self) -> bool:
         """Whether the last save has failed in a way that ends the training, so far as this rank knows."""
@@ -167,6 +260,10 @@ class Saving:
         self.tell()
         if wait:
             self._progress.pulse.enter("done", step)
+
+    def saved(self, step: int) -> bool:
+        """Whether the state of `step` is saved, as far as is known: certain after a `save` that has waited."""
+        return self._saved_at == step
 
     def await_copy(self) -> None:
         """Before weights change other than by the optimizer: the last save may still be copying them."""

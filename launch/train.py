@@ -10,34 +10,30 @@ from pathlib import Path
 import torch
 
 from launch.best import Best
+from launch.checkpoint import random_state
 from launch.config import TrainSpec
 from launch.contract import AttemptFiles, ExitCode, RankResult, RunContract, TrainSummary
 from launch.data import Batch, Corpus, Rows, load_corpus, sampler_for
 from launch.determinism import fix_numerics, seed_all
 from launch.dropout import drop_cheaply
 from launch.engine import Engine, build_engine, make_accelerator, peak_bytes
-from launch.errors import ContractError, SpecError
 from launch.export import Outcome, export
-from launch.feed import Feed
+from launch.feed import Feed, check_accumulation
 from launch.host import resident_bytes, take_share
-from launch.losses import loss_terms, weights_of_classes
+from launch.losses import MAX_SKIPPED, loss_terms, not_finite, weights_of_classes
 from launch.metrics import Asking, EarlyStop, Evaluation, Interrupted, check_held_out, evaluate
 from launch.model import build_model, load_tokenizer
 from launch.objective import Objective, check_loss_mode, objective_of
 from launch.progress import Progress, SampleLog
 from launch.report import ClassReport, class_report
 from launch.result import Found, rank_result
-from launch.sampler import micro_steps
 from launch.samples import continued
-from launch.saving import LoopState, Owed, Saving
+from launch.saving import LoopState, Owed, Place, Saving
 from launch.schedule import rate_at
 from launch.stop import StopWish
 from launch.tally import Heard, Step, Tally, Wishes, either
 from launch.tracking import start_trackers
 from launch.witness import agreed_fingerprint, begin_record, check_data
-
-MAX_SKIPPED = 10
-"""Steps in a row whose loss may be not finite, with `on_nonfinite: skip`."""
 
 
 def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish) -> tuple[ExitCode, RankResult]:
@@ -86,8 +82,9 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
         progress.follow = start_trackers(accelerator, spec, contract.job_id, folder, loop.step)
     try:
         stopped = loop.run()
-    except Exception:
+    except Exception as problem:
         saving.let_finish()
+        loop.leave_state(problem)
         raise
     if not stopped:
         step = loop.take_best()
@@ -99,6 +96,8 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     if stopped:
         if loop.step > 0:
             loop.save(wait=True)
+        if saving.saved(loop.step):
+            saving.forget_copies()
         return ExitCode.STOPPED, loop.result(None, None)
 
     samples = continued(engine, tokenizer, corpus.test or corpus.validation, spec.train)
@@ -106,6 +105,7 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     outcome = Outcome(step, metrics, classes, tuple(samples), corpus.dropped, tuple(progress.curve))
     export(engine, tokenizer, spec, corpus.labels, outcome, record, Path(contract.output_dir))
     saving.conclude()
+    saving.forget_copies()
     for tracker in accelerator.trackers:
         tracker.finish()
     progress.phase("done", loop.step, loop.steps, loop.consumed)
@@ -156,6 +156,8 @@ class Loop:
         self.tally = Tally(self.device, late=self.plan.device == "cuda" and self.optim.on_nonfinite == "stop")
         self.measured: tuple[int, dict[str, float]] | None = None  # the last evaluation, and of which step
         self.owes: Owed | None = None
+        self.place: Place | None = None  # while a step is made: where it began
+        self.torn = False  # while the optimizer changes weights
         self.last: dict[str, torch.Tensor] | None = None  # weights of the last step, while those of the best are there
         self.steps = self.optim.max_steps or sampler.steps_for(self.optim.epochs or 1)
         self.step = 0
@@ -164,14 +166,7 @@ class Loop:
         self.first_step_at: float | None = None
         self.stopped_early = False
         self.skipped = self.skipped_in_a_row = 0
-        wanted = micro_steps(self.optim.global_batch_size, self.plan.world_size, self.plan.micro_batch_size)
-        if self.plan.gradient_accumulation_steps != wanted:
-            raise ContractError(
-                f"{self.plan.gradient_accumulation_steps} accumulation steps of {self.plan.micro_batch_size} rows on "
-                f"{self.plan.world_size} ranks are not the global batch of {self.optim.global_batch_size} rows",
-                field="plan.gradient_accumulation_steps",
-                hint=f"{wanted} would be",
-            )
+        check_accumulation(self.plan, self.optim.global_batch_size)
 
     def run(self) -> bool:
         """Train to the last step; True if the ranks agreed to stop before it."""
@@ -191,8 +186,8 @@ class Loop:
         while self.step < self.steps and self.owes is None:
             wishes = self.train_step()
             evaluates = held_out is not None and self.is_time_to_evaluate()
-            saves = self.saving.is_due(self.step)
-            if any(wishes) or evaluates or saves or self.step == self.steps:
+            saves, copies = self.saving.is_due(self.step), self.saving.copies_at(self.step)
+            if any(wishes) or evaluates or saves or copies or self.step == self.steps:
                 wishes = either(wishes, self.settle())
             if wishes.give_up:
                 self.saving.finish()
@@ -203,6 +198,8 @@ class Loop:
                 self.look(held_out)
             if (saves or wishes.save) and self.owes is None:
                 self.save()
+            if copies or wishes.copy:
+                self.saving.copy(self.step, self.consumed, self.state(), self.best)
         self.owes = "end"
         return False
 
@@ -250,24 +247,36 @@ class Loop:
         if self.early_stop is not None and state.early_stop is not None:
             self.early_stop.state = state.early_stop
             self.stopped_early = self.owes == "end" and self.early_stop.over
-        if manifest.plan.world_size != self.plan.world_size:
-            # The ranks' own random numbers are those of other ranks; the first ones again would repeat their masks.
+        if not self.saving.random_restored:
+            # This rank's own random numbers are not known; the first ones again would repeat its masks.
             seed_all(self.optim.seed + self.step, self.rank)
 
     def save(self, *, wait: bool = False) -> None:
         """Save a checkpoint of this step, if there is none; with `wait`, return when it is known what became of it."""
-        state = LoopState(
+        self.progress.pulse.enter("save", self.step)
+        metrics = self.measured[1] if self.measured is not None and self.measured[0] == self.step else None
+        self.saving.save(self.step, self.consumed, self.state(), metrics, self.best, wait=wait)
+
+    def state(self) -> LoopState:
+        """Where the loop is, or was when the step began that has not ended."""
+        place = self.place
+        return LoopState(
             fingerprint=self.fingerprint,
-            losses=tuple(self.losses),
+            losses=tuple(self.losses[: place.losses] if place is not None else self.losses),
             early_stop=self.early_stop.state if self.early_stop is not None else None,
             curve=tuple(self.progress.curve),
-            skipped=self.skipped,
+            skipped=place.skipped if place is not None else self.skipped,
             best=self.best.state if self.best is not None else None,
             owes=self.owes,
         )
-        self.progress.pulse.enter("save", self.step)
-        metrics = self.measured[1] if self.measured is not None and self.measured[0] == self.step else None
-        self.saving.save(self.step, self.consumed, state, metrics, self.best, wait=wait)
+
+    def leave_state(self, problem: Exception) -> None:
+        """Before this rank ends by `problem`: until the optimizer changes it, its state is that of the last step."""
+        if not self.torn and not self.tally.late:
+            self.saving.leave(problem, self.place or self.here(), self.state(), self.best)
+
+    def here(self) -> Place:
+        return Place(self.step, self.consumed, len(self.losses), self.skipped, random_state.now())
 
     def train_step(self) -> Wishes:
         """One optimizer step on the next global batch; returns what the ranks have agreed on.
@@ -275,6 +284,7 @@ class Loop:
         They agree by the one small all-reduce that also carries the loss.
         """
         self.saving.tell()
+        self.place = self.here()
         self.enter("data", self.step + 1)
         batch = self.feed.chosen(self.consumed)
         rate = rate_at(self.optim, self.step, self.steps)
@@ -282,18 +292,23 @@ class Loop:
         loss_sum = self.accumulate(terms)
         self.step += 1
         self.consumed += len(batch)
-        wishes = Wishes(self.stop.wished(), self.saving.is_due_by_time(), self.saving.has_failed())
+        due, copy = self.saving.is_due_by_time(), self.saving.copies_by_time()
+        wishes = Wishes(self.stop.wished(), due, self.saving.has_failed(), copy)
         self.enter("exchange", self.step)
         own_s = self.progress.pulse.own_s if self.device.type == "cpu" else 0.0  # a GPU runs behind its host
         told = self.tally.tell(Step(self.step, self.consumed, rate, terms), loss_sum, wishes, own_s)
         self.enter("update", self.step)
         if self.tally.late:
+            self.place = None
             self.engine.step(rate)
             return self.take(told) if told is not None else Wishes()
         assert told is not None
         if math.isfinite(told.loss):
+            self.torn = True
             self.engine.step(rate)
-        return self.take(told)
+        heard = self.take(told)
+        self.place, self.torn = None, False
+        return heard
 
     def take(self, told: Heard) -> Wishes:
         """Note what became of a step; returns what the ranks wished then."""
@@ -322,13 +337,7 @@ class Loop:
         """
         self.skipped_in_a_row += 1
         if self.optim.on_nonfinite == "stop" or self.skipped_in_a_row > MAX_SKIPPED:
-            before = f", after {MAX_SKIPPED} skipped steps" if self.skipped_in_a_row > MAX_SKIPPED else ""
-            raise SpecError(
-                f"the loss is {loss} at step {step.number}{before}",
-                code="loss-not-finite",
-                field="train.learning_rate",
-                hint="lower the learning rate, add warmup_steps, or take bf16 or fp32 instead of fp16",
-            )
+            raise not_finite(loss, step.number, self.skipped_in_a_row - 1)
         self.engine.skip()
         self.skipped += 1
         self.progress.skipped(step.number, self.steps, step.consumed, self.skipped)
