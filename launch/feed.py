@@ -49,6 +49,10 @@ class Feed:
         """The rows of the step that follows `consumed` samples, over all ranks."""
         return self._sampler.batch(consumed)
 
+    def consumed_after(self, steps: int) -> int:
+        """Samples that all ranks together have consumed after so many steps, left out or not."""
+        return self._sampler.consumed_after(steps)
+
     def step(self, consumed: int, device: torch.device) -> Iterator[Micro]:
         """This rank's micro-batches of that step, the same number of them on every rank."""
         for micro in self._taken(consumed):

@@ -13,6 +13,7 @@ from torch.nn import functional
 from launch.config import Task
 from launch.data import Rows
 from launch.errors import SpecError
+from launch.guard import Explosion
 from launch.sampler import Indices
 
 
@@ -77,6 +78,17 @@ def weights_of_classes(
                 hint=(f"did you mean {near[0]!r}? " if near else "") + f"the classes are: {', '.join(labels)}",
             )
     return torch.tensor([wish.get(label, 1.0) for label in labels])
+
+
+def exploded(why: Explosion, rollbacks: int, more: str = "") -> SpecError:
+    """What ends a training whose loss has exploded, after so many times in which it went back."""
+    times = f", after {rollbacks} rollback{'s' if rollbacks > 1 else ''}" if rollbacks else ""
+    return SpecError(
+        f"{why}{times}{'; ' if more else ''}{more}",
+        code="loss-exploded",
+        field="train.divergence",
+        hint="lower the learning rate, add warmup_steps, or look at the data of these steps (train.log_samples)",
+    )
 
 
 MAX_SKIPPED = 10

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from launch.best import Best, BestState
 from launch.checkpoint import random_state
+from launch.checkpoint.beginning import Accept
 from launch.checkpoint.checkpoints import Checkpoints
 from launch.checkpoint.copies import AREA
 from launch.checkpoint.draft import Policy
@@ -29,6 +30,7 @@ from launch.config import TrainSpec
 from launch.contract import CheckpointNote, ProgressLine, RunContract
 from launch.engine import Engine
 from launch.errors import TuneyardError
+from launch.guard import Explosion
 from launch.metrics import EarlyStopState, sign_of
 from launch.progress import Progress
 
@@ -56,6 +58,9 @@ class LoopState(BaseModel):
     skipped: int = 0
     best: BestState | None = None
     """Its weights are among the tensors, as `best/NAME`."""
+    left_out: tuple[tuple[int, int], ...] = ()
+    """Steps, from and to, that are not trained, since the loss exploded at them."""
+    rollbacks: int = 0
     owes: Owed | None = None
     """What was broken off by a stop, and is to be done before the next step."""
 
@@ -118,6 +123,45 @@ class Saving:
             CheckpointError: the store does not work, or a higher attempt has begun.
         """
 
+        manifest = self._checkpoints.resume(self._accepting(fingerprint, best))
+        self.tell()
+        self._checkpoints.prepare()
+        if self._spec.memory_every_steps is not None:
+            cuda = self._contract.plan.device == "cuda"
+            url = self._contract.checkpoint_dir
+            self._copies = MemoryCopies(self._source(), url, self.attempt, self._rank, cuda=cuda)
+        if manifest is None:
+            return None
+        self._saved_at = manifest.step
+        return manifest, LoopState.model_validate(manifest.loop)
+
+    def roll_back(
+        self, why: Explosion, consumed: tuple[int, int], fingerprint: str, best: Best | None
+    ) -> tuple[Manifest, LoopState] | None:
+        """Load the newest good checkpoint from before the explosion, delete what this attempt has saved since, and tell
+        of it; None if there is none. `consumed` are the samples that are left out: consumed before, and after.
+
+        Raises:
+            CheckpointError: the store fails, or a higher attempt has begun.
+        """
+        with contextlib.suppress(CheckpointError):
+            self.finish()
+        if self._copies is not None:
+            self._copies.invalidate()
+        manifest = self._checkpoints.go_back(why.first, self._accepting(fingerprint, best))
+        if manifest is None:
+            return None
+        self._saved_at = manifest.step
+        self._saves.clear()
+        if self._rank == 0:
+            message = f"{why}; steps {why.first} to {why.last} are left out: samples {consumed[0]} to {consumed[1]}"
+            note = {"outcome": "rolled-back", "code": "loss-exploded", "message": message}
+            self._progress.checkpoint(CheckpointNote(id=manifest.id, step=manifest.step, **note))
+        return manifest, LoopState.model_validate(manifest.loop)
+
+    def _accepting(self, fingerprint: str, best: Best | None) -> Accept:
+        """What looks at a manifest before it is loaded, and makes room for the best weights."""
+
         def accept(manifest: Manifest) -> Mapping[str, torch.Tensor]:
             state = LoopState.model_validate(manifest.loop)
             if state.fingerprint != fingerprint:
@@ -129,17 +173,7 @@ class Saving:
                 )
             return best.room(state.best) if best is not None and state.best is not None else {}
 
-        manifest = self._checkpoints.resume(accept)
-        self.tell()
-        self._checkpoints.prepare()
-        if self._spec.memory_every_steps is not None:
-            cuda = self._contract.plan.device == "cuda"
-            url = self._contract.checkpoint_dir
-            self._copies = MemoryCopies(self._source(), url, self.attempt, self._rank, cuda=cuda)
-        if manifest is None:
-            return None
-        self._saved_at = manifest.step
-        return manifest, LoopState.model_validate(manifest.loop)
+        return accept
 
     def is_due(self, step: int) -> bool:
         """Whether the job file names this step."""

@@ -11,14 +11,16 @@ import torch
 
 from launch.best import Best
 from launch.checkpoint import random_state
+from launch.checkpoint.manifest import Manifest
 from launch.config import TrainSpec
-from launch.contract import AttemptFiles, ExitCode, RankResult, RunContract, TrainSummary
+from launch.contract import AttemptFiles, ExitCode, RankResult, RunContract
 from launch.data import Batch, Corpus, Rows, load_corpus, sampler_for
 from launch.determinism import fix_numerics, seed_all
 from launch.dropout import drop_cheaply
 from launch.engine import Engine, build_engine, make_accelerator, peak_bytes
 from launch.export import Outcome, export
 from launch.feed import Feed, check_accumulation
+from launch.guard import Guard
 from launch.host import resident_bytes, take_share
 from launch.losses import MAX_SKIPPED, loss_terms, not_finite, weights_of_classes
 from launch.metrics import Asking, EarlyStop, Evaluation, Interrupted, check_held_out, evaluate
@@ -26,7 +28,8 @@ from launch.model import build_model, load_tokenizer
 from launch.objective import Objective, check_loss_mode, objective_of
 from launch.progress import Progress, SampleLog
 from launch.report import ClassReport, class_report
-from launch.result import Found, rank_result
+from launch.result import Found, rank_result, state_of, summary_of
+from launch.rollback import go_back, leave_out
 from launch.samples import continued
 from launch.saving import LoopState, Owed, Place, Saving
 from launch.schedule import rate_at
@@ -155,6 +158,7 @@ class Loop:
         # loss decides whether the step is taken.
         self.tally = Tally(self.device, late=self.plan.device == "cuda" and self.optim.on_nonfinite == "stop")
         self.measured: tuple[int, dict[str, float]] | None = None  # the last evaluation, and of which step
+        self.guard = Guard(self.optim.divergence)
         self.owes: Owed | None = None
         self.place: Place | None = None  # while a step is made: where it began
         self.torn = False  # while the optimizer changes weights
@@ -187,6 +191,9 @@ class Loop:
             wishes = self.train_step()
             evaluates = held_out is not None and self.is_time_to_evaluate()
             saves, copies = self.saving.is_due(self.step), self.saving.copies_at(self.step)
+            if self.guard.found is not None:
+                go_back(self, self.guard.found)
+                continue
             if any(wishes) or evaluates or saves or copies or self.step == self.steps:
                 wishes = either(wishes, self.settle())
             if wishes.give_up:
@@ -199,7 +206,7 @@ class Loop:
             if (saves or wishes.save) and self.owes is None:
                 self.save()
             if copies or wishes.copy:
-                self.saving.copy(self.step, self.consumed, self.state(), self.best)
+                self.saving.copy(self.step, self.consumed, state_of(self), self.best)
         self.owes = "end"
         return False
 
@@ -215,7 +222,7 @@ class Loop:
             self.stopped_early, self.owes = True, "end"
 
     def is_time_to_evaluate(self) -> bool:
-        """Every so many steps; the last step's weights, too, may be the best."""
+        """Also after the last step, whose weights may be the best."""
         every = self.optim.eval_every
         return every is not None and (self.step % every == 0 or (self.best is not None and self.step == self.steps))
 
@@ -239,11 +246,18 @@ class Loop:
         found = self.saving.resume(self.fingerprint, self.best)
         if found is None:
             return
-        manifest, state = found
+        self.goes_on_from(*found)
+
+    def goes_on_from(self, manifest: Manifest, state: LoopState) -> None:
+        """The engine's state is that of this checkpoint: so is the loop's."""
         self.step, self.consumed = manifest.step, manifest.samples
         self.losses, self.skipped = list(state.losses), state.skipped
         self.owes = state.owes
-        self.progress.curve.extend(state.curve)
+        self.progress.curve[:] = state.curve
+        self.guard.go_on(self.step, state.losses, state.left_out, state.rollbacks)
+        self.measured = None
+        if self.best is not None and state.best is None:
+            self.best.forget()
         if self.early_stop is not None and state.early_stop is not None:
             self.early_stop.state = state.early_stop
             self.stopped_early = self.owes == "end" and self.early_stop.over
@@ -255,25 +269,12 @@ class Loop:
         """Save a checkpoint of this step, if there is none; with `wait`, return when it is known what became of it."""
         self.progress.pulse.enter("save", self.step)
         metrics = self.measured[1] if self.measured is not None and self.measured[0] == self.step else None
-        self.saving.save(self.step, self.consumed, self.state(), metrics, self.best, wait=wait)
-
-    def state(self) -> LoopState:
-        """Where the loop is, or was when the step began that has not ended."""
-        place = self.place
-        return LoopState(
-            fingerprint=self.fingerprint,
-            losses=tuple(self.losses[: place.losses] if place is not None else self.losses),
-            early_stop=self.early_stop.state if self.early_stop is not None else None,
-            curve=tuple(self.progress.curve),
-            skipped=place.skipped if place is not None else self.skipped,
-            best=self.best.state if self.best is not None else None,
-            owes=self.owes,
-        )
+        self.saving.save(self.step, self.consumed, state_of(self), metrics, self.best, wait=wait)
 
     def leave_state(self, problem: Exception) -> None:
         """Before this rank ends by `problem`: until the optimizer changes it, its state is that of the last step."""
         if not self.torn and not self.tally.late:
-            self.saving.leave(problem, self.place or self.here(), self.state(), self.best)
+            self.saving.leave(problem, self.place or self.here(), state_of(self), self.best)
 
     def here(self) -> Place:
         return Place(self.step, self.consumed, len(self.losses), self.skipped, random_state.now())
@@ -284,6 +285,8 @@ class Loop:
         They agree by the one small all-reduce that also carries the loss.
         """
         self.saving.tell()
+        if self.guard.leaves_out(self.step + 1):
+            return leave_out(self)
         self.place = self.here()
         self.enter("data", self.step + 1)
         batch = self.feed.chosen(self.consumed)
@@ -319,6 +322,7 @@ class Loop:
             return wishes
         self.skipped_in_a_row = 0
         self.losses.append(loss)
+        self.guard.sees(step.number, loss)
         self.first_step_at = self.first_step_at or time.time()
         if step.number % self.optim.log_every == 0 or step.number == self.steps:
             self.progress.step(step.number, self.steps, step.consumed, loss, step.rate, peak_bytes(self.device))
@@ -339,6 +343,7 @@ class Loop:
         if self.optim.on_nonfinite == "stop" or self.skipped_in_a_row > MAX_SKIPPED:
             raise not_finite(loss, step.number, self.skipped_in_a_row - 1)
         self.engine.skip()
+        self.guard.sees(step.number, loss)
         self.skipped += 1
         self.progress.skipped(step.number, self.steps, step.consumed, self.skipped)
 
@@ -384,15 +389,4 @@ class Loop:
         return metrics, class_report(final.classes, predicted, self.corpus.labels) if predicted is not None else None
 
     def result(self, metrics: dict[str, float] | None, output_dir: str | None) -> RankResult:
-        summary = TrainSummary(
-            steps=self.step,
-            samples=self.consumed,
-            samples_per_s=self.progress.samples_per_s(self.consumed),
-            losses=tuple(self.losses),
-            first_step_at=self.first_step_at,
-            stopped_early=self.stopped_early,
-            skipped_steps=self.skipped,
-            best_step=self.best.state.step if self.best is not None and self.best.state is not None else None,
-            dropped_rows=self.corpus.dropped,
-        )
-        return rank_result(self.engine, self.found, summary, metrics, output_dir)
+        return rank_result(self.engine, self.found, summary_of(self), metrics, output_dir)

@@ -42,6 +42,10 @@ class Beginning:
         self.notes: list[CheckpointNote] = []
 
     @property
+    def known_attempt(self) -> int | None:
+        return self._attempt
+
+    @property
     def attempt(self) -> int:
         """Known once `run` was called."""
         assert self._attempt is not None, "run() begins the attempt"
@@ -74,6 +78,29 @@ class Beginning:
             )
         self._ranks.by_main(lambda: self._go_on_from(None))
         return None
+
+    def go_back(self, before: int, accept: Accept) -> Manifest | None:
+        """After `run`: load the newest good checkpoint of less than `before` steps; None if there is none. What this
+        attempt has saved from there on is deleted: nobody may go on from it. All ranks call it.
+
+        Raises:
+            Superseded: a higher attempt has begun.
+        """
+        for found in self._ranks.by_main(functools.partial(self._before, before)):
+            manifest = self._load(found, accept)
+            if manifest is not None:
+                return manifest
+        return None
+
+    def _before(self, step: int) -> list[CheckpointId]:
+        self._catalogue.check_not_superseded(self.attempt)
+        lineage = self._catalogue.listing().lineage()
+        for found in lineage:
+            if found.step >= step and found.attempt == self.attempt:
+                self._catalogue.delete(found)
+            elif found.step >= step:  # of an attempt before, which this one goes on from
+                self._catalogue.quarantine(found, f"the loss exploded at step {step}", self.attempt)
+        return [found for found in lineage if found.step < step]
 
     def _begin(self) -> tuple[int, list[CheckpointId], int]:
         """Which attempt this is, what it may start from, and how many more were set aside."""

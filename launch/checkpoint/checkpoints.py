@@ -86,6 +86,7 @@ class Checkpoints:
         self._tidier = Tidier(self._catalogue, policy.retention, policy.metric)
         self._assets_id: str | None = None
         self._url = url
+        self._beginning: Beginning | None = None
         self.read_bytes = 0
         """Bytes that this rank read to resume."""
         self.random_restored = False
@@ -104,15 +105,27 @@ class Checkpoints:
             CheckpointError: the store fails.
         """
         beginning = Beginning(self._state, self._catalogue, self._ranks, self.attempt, self._stored_assets, self._url)
+        self._beginning = beginning
         try:
-            manifest = beginning.run(accept)
+            return self._goes_on(beginning.run(accept))
         finally:
-            self._notes += beginning.notes
-        self.attempt = beginning.attempt
+            self.attempt = beginning.known_attempt
+
+    def go_back(
+        self, before: int, accept: Callable[[Manifest], Mapping[str, torch.Tensor]] = lambda _manifest: {}
+    ) -> Manifest | None:
+        """Load the newest good checkpoint of less than `before` steps, as `resume`; None if there is none. Those of
+        more steps are deleted. When nothing is being written."""
+        assert self._beginning is not None, "resume() begins the attempt"
+        self.finish()
+        return self._goes_on(self._beginning.go_back(before, accept))
+
+    def _goes_on(self, manifest: Manifest | None) -> Manifest | None:
+        assert self._beginning is not None
         if manifest is not None:
-            assert beginning.loaded is not None
+            assert self._beginning.loaded is not None
             self._parent = CheckpointId.parse(manifest.id)
-            self.read_bytes, self.random_restored = beginning.loaded
+            self.read_bytes, self.random_restored = self._beginning.loaded
         return manifest
 
     def prepare(self) -> None:
@@ -221,6 +234,9 @@ class Checkpoints:
     def told(self) -> list[CheckpointNote]:
         """The same, without a look at what is being written."""
         told, self._notes = self._notes, []
+        if self._beginning is not None:
+            told = [*self._beginning.notes, *told]
+            self._beginning.notes.clear()
         return told
 
     def _all_parts(self, best: Mapping[str, torch.Tensor] | None) -> list[Part]:

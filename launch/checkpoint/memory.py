@@ -120,6 +120,12 @@ class MemoryCopies:
         """Where the loop was is told once a node."""
         return os.environ.get("LOCAL_RANK", "0") == "0"
 
+    def invalidate(self) -> None:
+        """What was copied is not to be gone on from."""
+        for slot in self._slots:
+            if slot is not None:
+                slot.note.unlink(missing_ok=True)
+
     def forget(self) -> None:
         """Free the memory: what they are for is in a checkpoint, or the training is done. After all ranks have said so,
         since a node's ranks share the folder."""

@@ -181,11 +181,12 @@ def _goes_on(
     counts = not planned(attempt)
     failures = counts + (0 if progressed(job, attempt) else job.failures)
     if may_retry(outcome, failures, job.job.retry.max_restarts):
-        wait, avoid = back_off(failures), failed_on(attempt, verdict)
+        wait, avoid = back_off(failures, outcome), failed_on(attempt, verdict)
         where = ", on other nodes if they will do" if avoid else ""
+        when = f"in {wait:.0f} s" if wait else "at once"
         reason = Reason(
             code=ReasonCode.BACKING_OFF,
-            sentence=f"attempt {attempt.number} ended: {error['message']}; the next starts in {wait:.0f} s{where}",
+            sentence=f"attempt {attempt.number} ended: {error['message']}; the next starts {when}{where}",
             remedy=f"restarts left: {job.job.retry.max_restarts - failures + 1}",
         )
         return EndAttempt(

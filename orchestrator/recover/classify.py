@@ -98,6 +98,8 @@ def may_retry(outcome: Outcome, failures: int, max_restarts: int) -> bool:
     return RETRIED[outcome] and failures <= max_restarts
 
 
-def back_off(failures: int) -> float:
-    """Seconds to wait after the `failures`-th failure; none before the first."""
+def back_off(failures: int, outcome: Outcome | None = None) -> float:
+    """Seconds to wait after the `failures`-th failure, which was `outcome`; none before the first, and none after a
+    node was lost once: the job goes on elsewhere, and waiting would not bring the node back."""
+    failures -= outcome == Outcome.NODE_LOST
     return min(MAX_BACK_OFF_S, BACK_OFF_S * 2.0 ** min(failures - 1, 30)) if failures > 0 else 0.0

@@ -87,3 +87,8 @@ def test_only_what_was_nobodys_fault_is_tried_again(outcome: Outcome) -> None:
 def test_waiting_grows_and_is_bounded(failures: int) -> None:
     assert BACK_OFF_S <= back_off(failures) <= back_off(failures + 1) <= MAX_BACK_OFF_S
     assert (back_off(0), back_off(1), back_off(2), back_off(100_000)) == (0.0, 2.0, 4.0, 300.0)
+
+
+def test_after_a_lost_node_it_goes_on_at_once_but_not_for_ever() -> None:
+    assert [back_off(failures, Outcome.NODE_LOST) for failures in (1, 2, 3)] == [0.0, 2.0, 4.0]
+    assert back_off(1, Outcome.KILLED) == BACK_OFF_S
