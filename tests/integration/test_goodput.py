@@ -11,7 +11,7 @@ import pytest
 from tests.worlds import write_bert, write_messages
 from tests.yards import a_yard, kill, until
 
-STEPS = 1500
+STEPS = 700
 
 
 def test_a_training_that_is_paused_and_killed_is_accounted_for(tmp_path: Path) -> None:
