@@ -60,6 +60,8 @@ class Job:
     layout: tuple[str, int] | None = None
     """Engine and world size of the attempt before."""
     torn: set[str] = field(default_factory=set)
+    trained: int = 0
+    """The last step that rank 0 of the attempt before has told of."""
 
     @property
     def store(self) -> Path:
@@ -78,6 +80,8 @@ class Figures:
     resumes: int = 0
     resumes_in_other_layout: int = 0
     """In which another engine or number of ranks had saved."""
+    resumes_from_what_a_rank_left: int = 0
+    """Under DDP, a rank that was not killed saves what it has."""
     steps_compared: int = 0
     resumed_from_incomplete: int = 0
     """From one without a marker, or of which a byte was missing or wrong."""
@@ -256,12 +260,20 @@ class Crashes:
             figures.resumes_in_other_layout += job.layout != (plan.engine, plan.world_size)
         newest = max([*before.values(), *([job.said] if job.said else [])], default=None, key=lambda one: one.step)
         from_id = resumed.id if resumed is not None else None
-        if from_id is not None and (from_id not in before or before[from_id].faults):
+        if resumed is not None and resumed.source == "memory":
+            figures.resumes_from_what_a_rank_left += 1
+            if (
+                not (newest.step if newest is not None else 0) < resumed.step <= job.trained + 1
+            ):  # which was killed before it told
+                figures.wrong_after_resume += 1
+                self._wrong(job, f"resumed from {from_id}, and trained up to {job.trained}", launched)
+        elif from_id is not None and (from_id not in before or before[from_id].faults):
             figures.resumed_from_incomplete += 1
             self._wrong(job, f"resumed from {from_id}, which is not whole", launched)
         elif newest is not None and from_id != newest.id:
             figures.resumed_older_than_newest_committed += 1
             self._wrong(job, f"resumed from {from_id}, and {newest.id} was committed", launched)
+        job.trained = max([line.step for line in steps], default=job.trained)
         if left := pieces & set(unfinished(job.store)):
             figures.left_behind += len(left)
             self._wrong(job, f"left {left}", launched)

@@ -6,10 +6,14 @@ Torch is imported only after the log is redirected, so that what native librarie
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # kept until there is somebody to listen; the imports take a moment
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
 import argparse
 import faulthandler
 import os
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -49,9 +53,9 @@ def main() -> None:
     faulthandler.enable()
     if hasattr(signal, "SIGUSR2"):  # the node's agent asks so where it may not look into this process
         faulthandler.register(signal.SIGUSR2, file=files.stacks(rank).open("w"))
-    _introduce(files, rank)
     stop = StopWish(files)
     stop.listen()
+    _introduce(files, rank)
     ending = Ending(files, rank)
     try:
         _run(contract, files, rank, world_size, ending, stop)

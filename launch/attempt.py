@@ -28,6 +28,8 @@ RESERVED = 160
 
 
 PULSE = "pulse"
+CANCELLED = "cancelled"
+"""The stop message's reason where nothing of the job is to go on."""
 HUNG = "hung"
 """The stop message's reason where a rank of the gang does not move: agents read all stacks before they end anything."""
 

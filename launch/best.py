@@ -42,6 +42,10 @@ class Best:
         if self.state is not None:
             self._engine.restore(self._weights)
 
+    def forget(self) -> None:
+        """There is no best yet, once the training has gone back to before the first evaluation."""
+        self.state, self._weights = None, {}
+
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         """This rank's part of the best weights, as the engine's fragments are; empty while there are none."""

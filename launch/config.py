@@ -105,6 +105,9 @@ class CheckpointSpec(Section):
     """Also keep those whose step is a multiple of this."""
     keep_best: int = Field(0, ge=0)
     """Also keep so many with the best evaluation at their step, by the metric of early_stopping, else the loss."""
+    memory_every_steps: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Copy every rank's state into its node's shared memory every so many steps, so that the job goes on from there
+    when a rank is killed; `auto`: as often as one hundredth of the time allows."""
     directory: str | None = None
     """Where checkpoints go: a directory (relative to the job file) or a URL such as `s3://bucket/prefix`, in which the
     job gets a folder of its own; null puts them beside the job's other files."""

@@ -234,6 +234,8 @@ class TrainSummary(Record):
     stopped_early: bool = False
     skipped_steps: int = 0
     """Steps left out because their loss was not finite; they are among `steps`, and have no loss."""
+    rollbacks: int = 0
+    """How often it went back to a checkpoint, since the loss had exploded; the steps left out then are skipped ones."""
     best_step: int | None = None
     """With train.keep_best: the step whose weights were exported."""
     dropped_rows: dict[str, int] = {}
@@ -286,9 +288,9 @@ class CheckpointNote(Record):
 
     id: str
     step: int
-    outcome: Literal["committed", "failed", "resumed", "quarantined", "not-tidied"]
+    outcome: Literal["committed", "failed", "resumed", "quarantined", "not-tidied", "rolled-back"]
     """committed; a save that failed; what the attempt went on from; found damaged and set aside; committed, but older
-    ones could not be deleted."""
+    ones could not be deleted; what it went back to."""
     bytes: int = 0
     """Of all ranks; resumed: that this rank read."""
     blocked_s: float | None = None
@@ -298,6 +300,8 @@ class CheckpointNote(Record):
     write_s: float | None = None
     """Of the slowest rank, hashing included."""
     hash_s: float | None = None
+    source: Literal["memory"] | None = None
+    """resumed: it was made of what the ranks before had left, in memory or as they ended; null: they had saved it."""
     spent: dict[str, float] | None = None
     """Of rank 0: seconds by phase (launch.pulse) from its beginning to this save, which makes safe what was done by
     then, however late it is committed."""

@@ -10,7 +10,8 @@ import torch
 
 from launch.contract import ExecutionPlan
 from launch.data import Batch, Rows, collate
-from launch.sampler import Indices, Sampler, rank_micro_batches
+from launch.errors import ContractError
+from launch.sampler import Indices, Sampler, micro_steps, rank_micro_batches
 
 
 class Micro(NamedTuple):
@@ -48,6 +49,10 @@ class Feed:
         """The rows of the step that follows `consumed` samples, over all ranks."""
         return self._sampler.batch(consumed)
 
+    def consumed_after(self, steps: int) -> int:
+        """Samples that all ranks together have consumed after so many steps, left out or not."""
+        return self._sampler.consumed_after(steps)
+
     def step(self, consumed: int, device: torch.device) -> Iterator[Micro]:
         """This rank's micro-batches of that step, the same number of them on every rank."""
         for micro in self._taken(consumed):
@@ -75,3 +80,15 @@ class Feed:
                 batch = batch.map(torch.Tensor.pin_memory)
             found.append(Micro(batch, 0.0, part.rows[:0]) if part.dummy else Micro(batch, 1.0, part.rows))
         return found
+
+
+def check_accumulation(plan: ExecutionPlan, global_batch_size: int) -> None:
+    """Raises ContractError if the plan's micro-batches do not add up to the job's batch."""
+    wanted = micro_steps(global_batch_size, plan.world_size, plan.micro_batch_size)
+    if plan.gradient_accumulation_steps != wanted:
+        raise ContractError(
+            f"{plan.gradient_accumulation_steps} accumulation steps of {plan.micro_batch_size} rows on "
+            f"{plan.world_size} ranks are not the global batch of {global_batch_size} rows",
+            field="plan.gradient_accumulation_steps",
+            hint=f"{wanted} would be",
+        )

@@ -13,6 +13,7 @@ from torch.nn import functional
 from launch.config import Task
 from launch.data import Rows
 from launch.errors import SpecError
+from launch.guard import Explosion
 from launch.sampler import Indices
 
 
@@ -77,3 +78,29 @@ def weights_of_classes(
                 hint=(f"did you mean {near[0]!r}? " if near else "") + f"the classes are: {', '.join(labels)}",
             )
     return torch.tensor([wish.get(label, 1.0) for label in labels])
+
+
+def exploded(why: Explosion, rollbacks: int, more: str = "") -> SpecError:
+    """What ends a training whose loss has exploded, after so many times in which it went back."""
+    times = f", after {rollbacks} rollback{'s' if rollbacks > 1 else ''}" if rollbacks else ""
+    return SpecError(
+        f"{why}{times}{'; ' if more else ''}{more}",
+        code="loss-exploded",
+        field="train.divergence",
+        hint="lower the learning rate, add warmup_steps, or look at the data of these steps (train.log_samples)",
+    )
+
+
+MAX_SKIPPED = 10
+"""Steps in a row whose loss may be not finite, with `on_nonfinite: skip`."""
+
+
+def not_finite(loss: float, step: int, skipped: int) -> SpecError:
+    """What ends a training at `step`, before which so many steps in a row were left out."""
+    before = f", after {skipped} skipped steps" if skipped else ""
+    return SpecError(
+        f"the loss is {loss} at step {step}{before}",
+        code="loss-not-finite",
+        field="train.learning_rate",
+        hint="lower the learning rate, add warmup_steps, or take bf16 or fp32 instead of fp16",
+    )

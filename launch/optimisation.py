@@ -35,6 +35,21 @@ class EarlyStopping(Section):
     """A smaller change than this is no improvement."""
 
 
+class Divergence(Section):
+    """When a loss counts as exploded, and what is done then."""
+
+    factor: float = Field(5.0, gt=1)
+    """A loss is bad if it is over so many times the median of the last good ones, or not finite."""
+    window: int = Field(50, ge=1)
+    """Of how many good losses the median is."""
+    steps: int = Field(5, ge=1)
+    """So many bad losses in a row are an explosion."""
+    then: Literal["stop", "rollback"] = "stop"
+    """Fail; or load the last checkpoint from before them, leave their batches out, and go on."""
+    max_rollbacks: int = Field(3, ge=1)
+    """After so many the next one fails the job."""
+
+
 class OptimSpec(Section):
     """The optimisation itself. Nothing here depends on how many processes run it."""
 
@@ -112,6 +127,8 @@ class OptimSpec(Section):
     loss. A copy of the weights is kept in host memory."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """When a step's loss is infinite or not a number: fail, or leave the step out (and fail after ten in a row)."""
+    divergence: Divergence | None = None
+    """Watch for a loss that explodes; null does not."""
 
     @model_validator(mode="after")
     def _length_is_given_once(self) -> OptimSpec:

@@ -89,7 +89,7 @@ class Progress:
 
     def checkpoint(self, note: CheckpointNote) -> None:
         """What became of a checkpoint."""
-        phase = "load" if note.outcome in ("resumed", "quarantined") else "save"
+        phase = "load" if note.outcome in ("resumed", "quarantined", "rolled-back") else "save"
         self.write(ProgressLine(time=time.time(), phase=phase, step=note.step, checkpoint=note))
 
     def samples_per_s(self, samples: int) -> float:
@@ -111,6 +111,7 @@ class SampleLog:
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="ascii")
 
-    def write(self, step: int, rows: list[int]) -> None:
-        self._file.write(json.dumps({"step": step, "rows": rows}) + "\n")
+    def write(self, step: int, rows: list[int], *, left_out: bool = False) -> None:
+        """With `left_out`, the rows of all ranks, on which none has trained: `{"step": 3, "left_out": [17, 4]}`."""
+        self._file.write(json.dumps({"step": step, "left_out" if left_out else "rows": rows}) + "\n")
         self._file.flush()

@@ -79,6 +79,11 @@ class Sampler:
         epoch, start = divmod(consumed, self.rows)
         return self.order(epoch)[start : start + self.global_batch_size]
 
+    def consumed_after(self, steps: int) -> int:
+        """Samples of the first `steps` batches."""
+        epochs, more = divmod(steps, -(-self.rows // self.global_batch_size))
+        return epochs * self.rows + more * self.global_batch_size
+
     def steps_for(self, epochs: float) -> int:
         """Optimizer steps of `epochs` passes, a part of a pass rounded up to whole steps; at least one."""
         samples = round(epochs * self.rows)

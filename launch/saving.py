@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from launch.best import Best, BestState
+from launch.checkpoint import random_state
+from launch.checkpoint.beginning import Accept
 from launch.checkpoint.checkpoints import Checkpoints
+from launch.checkpoint.copies import AREA
 from launch.checkpoint.draft import Policy
 from launch.checkpoint.interval import MEAN_TIME_BETWEEN_FAILURES_S, interval
 from launch.checkpoint.manifest import CheckpointError, Manifest, Unusable
+from launch.checkpoint.memory import MemoryCopies, Source, leave_in_store
 from launch.checkpoint.retention import Retention
+from launch.checkpoint.state import buffers
 from launch.checkpoint.storage import open_storage
 from launch.config import TrainSpec
 from launch.contract import CheckpointNote, ProgressLine, RunContract
 from launch.engine import Engine
+from launch.errors import TuneyardError
+from launch.guard import Explosion
 from launch.metrics import EarlyStopState, sign_of
 from launch.progress import Progress
 
@@ -30,6 +39,10 @@ FIRST_BLOCKED_S, FIRST_SAVE_S = 0.1, 1.0
 
 LAST_MINUTE_S = 20.0
 """For how long a rank that has failed waits for a save to be committed; if a peer died, it notices at once."""
+
+
+Owed = Literal["evaluation", "end"]
+"""The evaluation after this step; or all that follows the last step, whichever that was."""
 
 
 class LoopState(BaseModel):
@@ -45,6 +58,22 @@ class LoopState(BaseModel):
     skipped: int = 0
     best: BestState | None = None
     """Its weights are among the tensors, as `best/NAME`."""
+    left_out: tuple[tuple[int, int], ...] = ()
+    """Steps, from and to, that are not trained, since the loss exploded at them."""
+    rollbacks: int = 0
+    owes: Owed | None = None
+    """What was broken off by a stop, and is to be done before the next step."""
+
+
+class Place(NamedTuple):
+    """Where a loop was between two steps, and this rank's random numbers then."""
+
+    step: int
+    consumed: int
+    losses: int
+    """How many."""
+    skipped: int
+    random: random_state.Moment
 
 
 class Saving:
@@ -66,7 +95,11 @@ class Saving:
             rank=self._rank,
             policy=policy_of(spec),
             assets=lambda: files_for_export(engine, tokenizer, spec),
+            url=contract.checkpoint_dir,
         )
+        self._engine, self._contract = engine, contract
+        self._copies: MemoryCopies | None = None  # once the attempt has a number
+        self._copied_at: int | None = None
         self._mtbf_s = contract.mtbf_s or MEAN_TIME_BETWEEN_FAILURES_S / len(contract.nodes)
         self._auto = self._spec.every_steps == "auto"
         self._auto_s = interval(FIRST_BLOCKED_S, FIRST_SAVE_S, self._mtbf_s)
@@ -90,6 +123,45 @@ class Saving:
             CheckpointError: the store does not work, or a higher attempt has begun.
         """
 
+        manifest = self._checkpoints.resume(self._accepting(fingerprint, best))
+        self.tell()
+        self._checkpoints.prepare()
+        if self._spec.memory_every_steps is not None:
+            cuda = self._contract.plan.device == "cuda"
+            url = self._contract.checkpoint_dir
+            self._copies = MemoryCopies(self._source(), url, self.attempt, self._rank, cuda=cuda)
+        if manifest is None:
+            return None
+        self._saved_at = manifest.step
+        return manifest, LoopState.model_validate(manifest.loop)
+
+    def roll_back(
+        self, why: Explosion, consumed: tuple[int, int], fingerprint: str, best: Best | None
+    ) -> tuple[Manifest, LoopState] | None:
+        """Load the newest good checkpoint from before the explosion, delete what this attempt has saved since, and tell
+        of it; None if there is none. `consumed` are the samples that are left out: consumed before, and after.
+
+        Raises:
+            CheckpointError: the store fails, or a higher attempt has begun.
+        """
+        with contextlib.suppress(CheckpointError):
+            self.finish()
+        if self._copies is not None:
+            self._copies.invalidate()
+        manifest = self._checkpoints.go_back(why.first, self._accepting(fingerprint, best))
+        if manifest is None:
+            return None
+        self._saved_at = manifest.step
+        self._saves.clear()
+        if self._rank == 0:
+            message = f"{why}; steps {why.first} to {why.last} are left out: samples {consumed[0]} to {consumed[1]}"
+            note = {"outcome": "rolled-back", "code": "loss-exploded", "message": message}
+            self._progress.checkpoint(CheckpointNote(id=manifest.id, step=manifest.step, **note))
+        return manifest, LoopState.model_validate(manifest.loop)
+
+    def _accepting(self, fingerprint: str, best: Best | None) -> Accept:
+        """What looks at a manifest before it is loaded, and makes room for the best weights."""
+
         def accept(manifest: Manifest) -> Mapping[str, torch.Tensor]:
             state = LoopState.model_validate(manifest.loop)
             if state.fingerprint != fingerprint:
@@ -101,13 +173,7 @@ class Saving:
                 )
             return best.room(state.best) if best is not None and state.best is not None else {}
 
-        manifest = self._checkpoints.resume(accept)
-        self.tell()
-        self._checkpoints.prepare()
-        if manifest is None:
-            return None
-        self._saved_at = manifest.step
-        return manifest, LoopState.model_validate(manifest.loop)
+        return accept
 
     def is_due(self, step: int) -> bool:
         """Whether the job file names this step."""
@@ -121,6 +187,74 @@ class Saving:
         if self._spec.every_minutes is not None:
             limits.append(60 * self._spec.every_minutes)
         return bool(limits) and time.monotonic() - self._last >= min(limits)
+
+    def copies_at(self, step: int) -> bool:
+        """Whether the job file names this step for copies in memory."""
+        every = self._spec.memory_every_steps
+        return isinstance(every, int) and step % every == 0
+
+    def copies_by_time(self) -> bool:
+        """Whether it is time for copies in memory; rank 0 alone has a clock for it."""
+        auto = self._rank == 0 and self._spec.memory_every_steps == "auto"
+        return auto and self._copies is not None and self._copies.is_due()
+
+    def copy(self, step: int, consumed: int, state: LoopState, best: Best | None) -> None:
+        """Copy this rank's state into the node's memory."""
+        if self._copies is None:
+            return
+        silent = self._copies.failed is None
+        loop = state.model_dump(mode="json", exclude_none=True)
+        self._copies.copy(step, consumed, loop, best.weights if best is not None else None)
+        if self._copies.failed is None:
+            self._copied_at = step
+        elif silent:
+            print(self._copies.failed, flush=True)
+
+    def leave(self, problem: Exception, place: Place, state: LoopState, best: Best | None) -> None:
+        """For a rank that is about to end by `problem`: if it has all of the state, write that into the store, unless
+        it is there, or another rank does so. The next attempt goes on from it (checkpoint/copies.py)."""
+        if self._contract.plan.zero_stage > 0 or buffers(self._engine.module) or isinstance(problem, TuneyardError):
+            return  # it has a part; or what a forward pass changes is that of the step that failed; or it would again
+        if place.step in (0, self._copied_at) or (place.step == self._saved_at and not self._checkpoints.failed()):
+            return
+        self._progress.pulse.enter("save", place.step)  # the agent gives more time to a rank that saves
+        storage = open_storage(self._contract.checkpoint_dir)
+        where = f"{AREA}/attempt-{self.attempt}/step-{place.step}.rank-{self._rank}"
+        loop = state.model_dump(mode="json", exclude_none=True)
+        weights = best.weights if best is not None else None
+        random = random_state.capture(place.random)
+
+        def write() -> None:
+            with contextlib.suppress(CheckpointError):
+                taken = f"{AREA}/attempt-{self.attempt}/step-{place.step}.taken"
+                if storage.create(taken, str(self._rank).encode()):
+                    leave_in_store(
+                        storage, self._source(whole=True), where, place.step, place.consumed, loop, random, weights
+                    )
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        writer.join(LAST_MINUTE_S)
+
+    def forget_copies(self) -> None:
+        """Free the memory of copies, once all ranks need them no more."""
+        if self._copies is not None:
+            self._copies.forget()
+
+    def _source(self, *, whole: bool = False) -> Source:
+        return Source(
+            self._engine.state(),
+            job=self._contract.job_id,
+            plan=self._contract.plan,
+            attempt=self.attempt,
+            rank=self._rank,
+            whole=whole,
+        )
+
+    @property
+    def random_restored(self) -> bool:
+        """After `resume`: whether this rank goes on with the random numbers that it had."""
+        return self._checkpoints.random_restored
 
     def has_failed(self) -> bool:
         """Whether the last save has failed in a way that ends the training, so far as this rank knows."""
@@ -160,6 +294,10 @@ class Saving:
         self.tell()
         if wait:
             self._progress.pulse.enter("done", step)
+
+    def saved(self, step: int) -> bool:
+        """Whether the state of `step` is saved, as far as is known: certain after a `save` that has waited."""
+        return self._saved_at == step
 
     def await_copy(self) -> None:
         """Before weights change other than by the optimizer: the last save may still be copying them."""

@@ -238,6 +238,7 @@ class Forked:
 def _become_rank(argv: list[str], env: dict[str, str]) -> NoReturn:
     """What Popen and a new interpreter would have done; never returns, so that nothing of the launcher's is undone."""
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the rank listens in a moment
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)

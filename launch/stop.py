@@ -20,8 +20,9 @@ class StopWish:
         self._signalled = False
 
     def listen(self) -> None:
-        """Make SIGTERM a wish instead of an end; main thread only."""
+        """Make SIGTERM a wish instead of an end, one that was held back until now, too; main thread only."""
         signal.signal(signal.SIGTERM, self._on_sigterm)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def _on_sigterm(self, _signal: int, _frame: FrameType | None) -> None:
         self._signalled = True  # nothing more: a handler runs between any two instructions

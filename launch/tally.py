@@ -27,6 +27,8 @@ class Wishes(NamedTuple):
     """It is time to save, by rank 0's clock."""
     give_up: bool = False
     """A save has failed in a way that ends the training."""
+    copy: bool = False
+    """It is time for copies in memory, by rank 0's clock."""
 
 
 class Heard(NamedTuple):

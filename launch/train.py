@@ -6,38 +6,37 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from launch.best import Best
-from launch.config import LossMode, TrainSpec
-from launch.contract import Allocator, AttemptFiles, ExitCode, RankResult, RunContract, TrainSummary
+from launch.checkpoint import random_state
+from launch.checkpoint.manifest import Manifest
+from launch.config import TrainSpec
+from launch.contract import AttemptFiles, ExitCode, RankResult, RunContract
 from launch.data import Batch, Corpus, Rows, load_corpus, sampler_for
 from launch.determinism import fix_numerics, seed_all
 from launch.dropout import drop_cheaply
 from launch.engine import Engine, build_engine, make_accelerator, peak_bytes
-from launch.errors import ContractError, SpecError
 from launch.export import Outcome, export
-from launch.feed import Feed
+from launch.feed import Feed, check_accumulation
+from launch.guard import Guard
 from launch.host import resident_bytes, take_share
-from launch.losses import loss_terms, weights_of_classes
-from launch.metrics import EarlyStop, Evaluation, evaluate
+from launch.losses import MAX_SKIPPED, loss_terms, not_finite, weights_of_classes
+from launch.metrics import Asking, EarlyStop, Evaluation, Interrupted, check_held_out, evaluate
 from launch.model import build_model, load_tokenizer
 from launch.objective import Objective, check_loss_mode, objective_of
 from launch.progress import Progress, SampleLog
 from launch.report import ClassReport, class_report
-from launch.sampler import micro_steps
+from launch.result import Found, rank_result, state_of, summary_of
+from launch.rollback import go_back, leave_out
 from launch.samples import continued
-from launch.saving import LoopState, Saving
+from launch.saving import LoopState, Owed, Place, Saving
 from launch.schedule import rate_at
 from launch.stop import StopWish
 from launch.tally import Heard, Step, Tally, Wishes, either
 from launch.tracking import start_trackers
 from launch.witness import agreed_fingerprint, begin_record, check_data
-
-MAX_SKIPPED = 10
-"""Steps in a row whose loss may be not finite, with `on_nonfinite: skip`."""
 
 
 def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish) -> tuple[ExitCode, RankResult]:
@@ -86,32 +85,34 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
         progress.follow = start_trackers(accelerator, spec, contract.job_id, folder, loop.step)
     try:
         stopped = loop.run()
-    except Exception:
+    except Exception as problem:
         saving.let_finish()
+        loop.leave_state(problem)
         raise
+    if not stopped:
+        step = loop.take_best()
+        try:
+            metrics, classes = loop.final_metrics()
+        except Interrupted:
+            loop.put_back()
+            stopped = True
     if stopped:
-        loop.save(wait=True)
+        if loop.step > 0:
+            loop.save(wait=True)
+        if saving.saved(loop.step):
+            saving.forget_copies()
         return ExitCode.STOPPED, loop.result(None, None)
 
-    step = loop.take_best()
-    metrics, classes = loop.final_metrics()
     samples = continued(engine, tokenizer, corpus.test or corpus.validation, spec.train)
     progress.phase("export", loop.step, loop.steps, loop.consumed)
     outcome = Outcome(step, metrics, classes, tuple(samples), corpus.dropped, tuple(progress.curve))
     export(engine, tokenizer, spec, corpus.labels, outcome, record, Path(contract.output_dir))
     saving.conclude()
+    saving.forget_copies()
     for tracker in accelerator.trackers:
         tracker.finish()
     progress.phase("done", loop.step, loop.steps, loop.consumed)
     return ExitCode.DONE, loop.result(metrics, contract.output_dir)
-
-
-class Found(NamedTuple):
-    """What a rank has found of itself that its engine does not know."""
-
-    loss: LossMode
-    allocator: Allocator
-    baseline_bytes: int
 
 
 class Loop:
@@ -157,6 +158,11 @@ class Loop:
         # loss decides whether the step is taken.
         self.tally = Tally(self.device, late=self.plan.device == "cuda" and self.optim.on_nonfinite == "stop")
         self.measured: tuple[int, dict[str, float]] | None = None  # the last evaluation, and of which step
+        self.guard = Guard(self.optim.divergence)
+        self.owes: Owed | None = None
+        self.place: Place | None = None  # while a step is made: where it began
+        self.torn = False  # while the optimizer changes weights
+        self.last: dict[str, torch.Tensor] | None = None  # weights of the last step, while those of the best are there
         self.steps = self.optim.max_steps or sampler.steps_for(self.optim.epochs or 1)
         self.step = 0
         self.consumed = 0
@@ -164,59 +170,59 @@ class Loop:
         self.first_step_at: float | None = None
         self.stopped_early = False
         self.skipped = self.skipped_in_a_row = 0
-        wanted = micro_steps(self.optim.global_batch_size, self.plan.world_size, self.plan.micro_batch_size)
-        if self.plan.gradient_accumulation_steps != wanted:
-            raise ContractError(
-                f"{self.plan.gradient_accumulation_steps} accumulation steps of {self.plan.micro_batch_size} rows on "
-                f"{self.plan.world_size} ranks are not the global batch of {self.optim.global_batch_size} rows",
-                field="plan.gradient_accumulation_steps",
-                hint=f"{wanted} would be",
-            )
+        check_accumulation(self.plan, self.optim.global_batch_size)
 
     def run(self) -> bool:
         """Train to the last step; True if the ranks agreed to stop before it."""
         held_out = self.corpus.validation or self.corpus.test
-        if held_out is None and (self.early_stop is not None or self.best is not None):
-            name = "early_stopping" if self.early_stop is not None else "keep_best"
-            raise SpecError(
-                f"{name} has nothing to look at: there is neither validation nor test data",
-                code="no-held-out-data",
-                field=f"train.{name}",
-                hint="add data.validation, or data.split.validation",
-            )
-        if self.optim.samples and held_out is None:
-            raise SpecError(
-                "samples are continuations of held-out prompts: there is neither validation nor test data",
-                code="no-held-out-data",
-                field="train.samples",
-                hint="add data.test, or data.split.test",
-            )
+        check_held_out(self.optim, held_out)
         self.engine.module.train()
         self.progress.start_training(self.step, self.consumed)
-        while self.step < self.steps:
+        try:
+            return Asking(self.engine, self.stop.wished).agreed() or self.takes_steps(held_out)
+        except Interrupted:
+            return True
+
+    def takes_steps(self, held_out: Rows | None) -> bool:
+        """As `run`. Raises Interrupted instead where that was in an evaluation."""
+        if self.owes == "evaluation" and held_out is not None:
+            self.look(held_out)
+        while self.step < self.steps and self.owes is None:
             wishes = self.train_step()
             evaluates = held_out is not None and self.is_time_to_evaluate()
-            saves = self.saving.is_due(self.step)
-            if any(wishes) or evaluates or saves or self.step == self.steps:
+            saves, copies = self.saving.is_due(self.step), self.saving.copies_at(self.step)
+            if self.guard.found is not None:
+                go_back(self, self.guard.found)
+                continue
+            if any(wishes) or evaluates or saves or copies or self.step == self.steps:
                 wishes = either(wishes, self.settle())
             if wishes.give_up:
                 self.saving.finish()
             if wishes.stop and self.step < self.steps:
+                self.owes = "evaluation" if evaluates else None
                 return True
             if held_out is not None and evaluates:
-                metrics = self.evaluated(held_out).metrics
-                self.measured = (self.step, metrics)
-                if self.best is not None:
-                    self.best.sees(metrics, self.step)
-                if self.early_stop is not None and self.early_stop.sees(metrics):
-                    self.stopped_early = True
-                    break
-            if saves or wishes.save:
+                self.look(held_out)
+            if (saves or wishes.save) and self.owes is None:
                 self.save()
+            if copies or wishes.copy:
+                self.saving.copy(self.step, self.consumed, state_of(self), self.best)
+        self.owes = "end"
         return False
 
+    def look(self, held_out: Rows) -> None:
+        """Evaluate after this step, which may be the last then."""
+        self.owes = "evaluation"
+        metrics = self.evaluated(held_out).metrics
+        self.owes = None
+        self.measured = (self.step, metrics)
+        if self.best is not None:
+            self.best.sees(metrics, self.step)
+        if self.early_stop is not None and self.early_stop.sees(metrics):
+            self.stopped_early, self.owes = True, "end"
+
     def is_time_to_evaluate(self) -> bool:
-        """Every so many steps; the last step's weights, too, may be the best."""
+        """Also after the last step, whose weights may be the best."""
         every = self.optim.eval_every
         return every is not None and (self.step % every == 0 or (self.best is not None and self.step == self.steps))
 
@@ -225,8 +231,14 @@ class Loop:
         if self.best is None or self.best.state is None:
             return self.step
         self.saving.await_copy()
+        self.last = self.engine.fragments()
         self.best.restore()
         return self.best.state.step
+
+    def put_back(self) -> None:
+        """Give the model the weights of the last step again, to go on from them."""
+        if self.last is not None:
+            self.engine.restore(self.last)
 
     def resume(self) -> None:
         """Begin the attempt: go on from the newest good checkpoint, if the job has one."""
@@ -234,29 +246,38 @@ class Loop:
         found = self.saving.resume(self.fingerprint, self.best)
         if found is None:
             return
-        manifest, state = found
+        self.goes_on_from(*found)
+
+    def goes_on_from(self, manifest: Manifest, state: LoopState) -> None:
+        """The engine's state is that of this checkpoint: so is the loop's."""
         self.step, self.consumed = manifest.step, manifest.samples
         self.losses, self.skipped = list(state.losses), state.skipped
-        self.progress.curve.extend(state.curve)
+        self.owes = state.owes
+        self.progress.curve[:] = state.curve
+        self.guard.go_on(self.step, state.losses, state.left_out, state.rollbacks)
+        self.measured = None
+        if self.best is not None and state.best is None:
+            self.best.forget()
         if self.early_stop is not None and state.early_stop is not None:
             self.early_stop.state = state.early_stop
-        if manifest.plan.world_size != self.plan.world_size:
-            # The ranks' own random numbers are those of other ranks; the first ones again would repeat their masks.
+            self.stopped_early = self.owes == "end" and self.early_stop.over
+        if not self.saving.random_restored:
+            # This rank's own random numbers are not known; the first ones again would repeat its masks.
             seed_all(self.optim.seed + self.step, self.rank)
 
     def save(self, *, wait: bool = False) -> None:
         """Save a checkpoint of this step, if there is none; with `wait`, return when it is known what became of it."""
-        state = LoopState(
-            fingerprint=self.fingerprint,
-            losses=tuple(self.losses),
-            early_stop=self.early_stop.state if self.early_stop is not None else None,
-            curve=tuple(self.progress.curve),
-            skipped=self.skipped,
-            best=self.best.state if self.best is not None else None,
-        )
         self.progress.pulse.enter("save", self.step)
         metrics = self.measured[1] if self.measured is not None and self.measured[0] == self.step else None
-        self.saving.save(self.step, self.consumed, state, metrics, self.best, wait=wait)
+        self.saving.save(self.step, self.consumed, state_of(self), metrics, self.best, wait=wait)
+
+    def leave_state(self, problem: Exception) -> None:
+        """Before this rank ends by `problem`: until the optimizer changes it, its state is that of the last step."""
+        if not self.torn and not self.tally.late:
+            self.saving.leave(problem, self.place or self.here(), state_of(self), self.best)
+
+    def here(self) -> Place:
+        return Place(self.step, self.consumed, len(self.losses), self.skipped, random_state.now())
 
     def train_step(self) -> Wishes:
         """One optimizer step on the next global batch; returns what the ranks have agreed on.
@@ -264,6 +285,9 @@ class Loop:
         They agree by the one small all-reduce that also carries the loss.
         """
         self.saving.tell()
+        if self.guard.leaves_out(self.step + 1):
+            return leave_out(self)
+        self.place = self.here()
         self.enter("data", self.step + 1)
         batch = self.feed.chosen(self.consumed)
         rate = rate_at(self.optim, self.step, self.steps)
@@ -271,18 +295,23 @@ class Loop:
         loss_sum = self.accumulate(terms)
         self.step += 1
         self.consumed += len(batch)
-        wishes = Wishes(self.stop.wished(), self.saving.is_due_by_time(), self.saving.has_failed())
+        due, copy = self.saving.is_due_by_time(), self.saving.copies_by_time()
+        wishes = Wishes(self.stop.wished(), due, self.saving.has_failed(), copy)
         self.enter("exchange", self.step)
         own_s = self.progress.pulse.own_s if self.device.type == "cpu" else 0.0  # a GPU runs behind its host
         told = self.tally.tell(Step(self.step, self.consumed, rate, terms), loss_sum, wishes, own_s)
         self.enter("update", self.step)
         if self.tally.late:
+            self.place = None
             self.engine.step(rate)
             return self.take(told) if told is not None else Wishes()
         assert told is not None
         if math.isfinite(told.loss):
+            self.torn = True
             self.engine.step(rate)
-        return self.take(told)
+        heard = self.take(told)
+        self.place, self.torn = None, False
+        return heard
 
     def take(self, told: Heard) -> Wishes:
         """Note what became of a step; returns what the ranks wished then."""
@@ -293,6 +322,7 @@ class Loop:
             return wishes
         self.skipped_in_a_row = 0
         self.losses.append(loss)
+        self.guard.sees(step.number, loss)
         self.first_step_at = self.first_step_at or time.time()
         if step.number % self.optim.log_every == 0 or step.number == self.steps:
             self.progress.step(step.number, self.steps, step.consumed, loss, step.rate, peak_bytes(self.device))
@@ -311,14 +341,9 @@ class Loop:
         """
         self.skipped_in_a_row += 1
         if self.optim.on_nonfinite == "stop" or self.skipped_in_a_row > MAX_SKIPPED:
-            before = f", after {MAX_SKIPPED} skipped steps" if self.skipped_in_a_row > MAX_SKIPPED else ""
-            raise SpecError(
-                f"the loss is {loss} at step {step.number}{before}",
-                code="loss-not-finite",
-                field="train.learning_rate",
-                hint="lower the learning rate, add warmup_steps, or take bf16 or fp32 instead of fp16",
-            )
+            raise not_finite(loss, step.number, self.skipped_in_a_row - 1)
         self.engine.skip()
+        self.guard.sees(step.number, loss)
         self.skipped += 1
         self.progress.skipped(step.number, self.steps, step.consumed, self.skipped)
 
@@ -350,7 +375,8 @@ class Loop:
     def evaluated(self, rows: Rows) -> Evaluation:
         size = self.optim.eval_batch_size or 2 * self.plan.micro_batch_size
         moves = partial(self.progress.pulse.enter, "evaluate", self.step)
-        evaluation = evaluate(self.engine, self.objective, rows, self.task, size, self.pad_token_id, moves)
+        asked = self.stop.wished
+        evaluation = evaluate(self.engine, self.objective, rows, self.task, size, self.pad_token_id, moves, asked)
         self.progress.evaluation(self.step, self.steps, self.consumed, evaluation.metrics)
         return evaluation
 
@@ -363,34 +389,4 @@ class Loop:
         return metrics, class_report(final.classes, predicted, self.corpus.labels) if predicted is not None else None
 
     def result(self, metrics: dict[str, float] | None, output_dir: str | None) -> RankResult:
-        found = self.engine.describe()
-        summary = TrainSummary(
-            steps=self.step,
-            samples=self.consumed,
-            samples_per_s=self.progress.samples_per_s(self.consumed),
-            losses=tuple(self.losses),
-            first_step_at=self.first_step_at,
-            stopped_early=self.stopped_early,
-            skipped_steps=self.skipped,
-            best_step=self.best.state.step if self.best is not None and self.best.state is not None else None,
-            dropped_rows=self.corpus.dropped,
-        )
-        return RankResult(
-            engine=found.engine,
-            zero_stage=found.zero_stage,
-            world_size=found.world_size,
-            micro_batch_size=found.micro_batch_size,
-            gradient_accumulation_steps=found.gradient_accumulation_steps,
-            precision=found.precision,
-            offload=found.offload,
-            activation_checkpointing=found.activation_checkpointing,
-            loss=self.found.loss,
-            allocator=self.found.allocator,
-            baseline_bytes=self.found.baseline_bytes,
-            peak_bytes=peak_bytes(self.engine.accelerator.device),
-            moment_bytes=self.engine.moment_bytes(),
-            master_bytes=self.engine.master_bytes(),
-            metrics=metrics if self.rank == 0 else None,
-            train=summary if self.rank == 0 else None,
-            output_dir=output_dir if self.rank == 0 else None,
-        )
+        return rank_result(self.engine, self.found, summary_of(self), metrics, output_dir)

@@ -82,6 +82,22 @@ def nan_from_3() -> None:
     launch.train.Loop.summed_loss = unlucky
 
 
+def bad_steps() -> None:
+    """Not a mistake but bad data: in the steps BAD_STEPS, every rank's loss is BAD_FACTOR times what it would be."""
+    import launch.train
+
+    if "STOP_AT" in os.environ:
+        stop_at()
+
+    losses = launch.train.Loop.summed_loss
+    steps, factor = {int(step) for step in os.environ["BAD_STEPS"].split(",")}, float(os.environ["BAD_FACTOR"])
+
+    def unlucky(loop: launch.train.Loop, *arguments: Any) -> torch.Tensor:
+        return losses(loop, *arguments) * (factor if loop.step + 1 in steps else 1.0)
+
+    launch.train.Loop.summed_loss = unlucky
+
+
 def crash_at_6() -> None:
     """Not a wrong training but a failing one."""
     import launch.train
@@ -119,6 +135,22 @@ def stop_at() -> None:
     launch.train.Loop.train_step = asked
 
 
+def stop_in_evaluation() -> None:
+    """Not a mistake: rank 0 is asked to stop in the STOP_IN-th evaluation of the attempt."""
+    import launch.train
+
+    evaluated, wanted = launch.train.Loop.evaluated, int(os.environ["STOP_IN"])
+    seen = []
+
+    def asked(loop: launch.train.Loop, *arguments: Any) -> launch.metrics.Evaluation:
+        seen.append(loop.step)
+        if len(seen) == wanted and loop.rank == 0:
+            loop.stop._signalled = True
+        return evaluated(loop, *arguments)
+
+    launch.train.Loop.evaluated = asked
+
+
 def freeze_at() -> None:
     """Not a mistake: rank 0 is stopped by a signal at boundary FREEZE_AT of the second save."""
     import launch.checkpoint.checkpoints as module
@@ -135,7 +167,9 @@ def freeze_at() -> None:
 
 
 MUTANTS = {
+    "bad-steps": bad_steps,
     "stop-at": stop_at,
+    "stop-in-evaluation": stop_in_evaluation,
     "freeze-at": freeze_at,
     "late": late,
     "crash-at-6": crash_at_6,

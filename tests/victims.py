@@ -27,7 +27,7 @@ class Victim:
     """From 1."""
     attempts: tuple[int, ...] = (1,)
     where: str = "forward"
-    """load, forward, or backward."""
+    """load, forward, backward, or copy: before the note is written of a copy in memory, of so many steps."""
     how: str = "cuda"
     """cuda: torch's exception; host: Python's; cpu: what torch's CPU allocator raises; kill: SIGKILL, no exception.
     stop: SIGSTOP; hang: it waits for what never comes; slow: each step from then on takes SLOW_S longer."""
@@ -78,10 +78,25 @@ def install(victim: Victim) -> None:
     def unbuilt(*_arguments: Any, **_options: Any) -> None:
         victim.strike()
 
-    if victim.where == "load":
+    if victim.where == "copy":
+        _in_copy(victim)
+    elif victim.where == "load":
         launch.train.build_engine = unbuilt
     else:
         launch.train.Loop.summed_loss = unlucky
+
+
+def _in_copy(victim: Victim) -> None:
+    from launch.checkpoint.memory import Source
+
+    manifest = Source.manifest
+
+    def unwritten(source: Source, step: int, *arguments: Any) -> Any:
+        if step == victim.step:
+            victim.strike()
+        return manifest(source, step, *arguments)
+
+    Source.manifest = unwritten
 
 
 def main() -> None:

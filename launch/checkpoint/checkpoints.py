@@ -25,17 +25,16 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from launch.checkpoint import random_state
 from launch.checkpoint.assets import store_assets
+from launch.checkpoint.beginning import Beginning, clear
 from launch.checkpoint.catalogue import Catalogue
 from launch.checkpoint.draft import Draft, Policy
-from launch.checkpoint.loading import first_failure, load_into
+from launch.checkpoint.loading import first_failure
 from launch.checkpoint.manifest import (
     CheckpointError,
     CheckpointId,
-    Damaged,
     LogicalTensor,
     Manifest,
     Superseded,
-    Unusable,
 )
 from launch.checkpoint.plans import PartsSavePlanner
 from launch.checkpoint.ranks import Ranks
@@ -64,8 +63,10 @@ class Checkpoints:
         rank: int,
         policy: Policy = Policy(),
         assets: Callable[[], Mapping[str, bytes]] = dict,
+        url: str | None = None,
     ) -> None:
-        """`attempt` None is the one after the highest that has begun; `assets` gives files that an export needs."""
+        """`attempt` None is the one after the highest that has begun; `assets` gives files that an export needs. With
+        `url`, the storage's as the job says it, copies that ranks have left are gone on from, too."""
         self.attempt = attempt
         self._state, self._catalogue, self._storage = state, Catalogue(storage), storage
         self._job, self._plan, self._policy, self._assets = job, plan, policy, assets
@@ -84,8 +85,12 @@ class Checkpoints:
         self._parent: CheckpointId | None = None
         self._tidier = Tidier(self._catalogue, policy.retention, policy.metric)
         self._assets_id: str | None = None
+        self._url = url
+        self._beginning: Beginning | None = None
         self.read_bytes = 0
         """Bytes that this rank read to resume."""
+        self.random_restored = False
+        """Whether this rank goes on with the random numbers that it had."""
 
     def resume(
         self, accept: Callable[[Manifest], Mapping[str, torch.Tensor]] = lambda _manifest: {}
@@ -99,26 +104,29 @@ class Checkpoints:
             Unusable: every checkpoint is damaged, or the newest good one does not fit this training.
             CheckpointError: the store fails.
         """
-        self.attempt, lineage, aside = self._ranks.by_main(self._begin)
-        for found in lineage:
-            loaded = self._load(found, accept)
-            if loaded is not None:
-                self._ranks.by_main(functools.partial(self._claim, found))
-                self._parent = found
-                self._notes.append(
-                    CheckpointNote(id=loaded.id, step=loaded.step, outcome="resumed", bytes=self.read_bytes)
-                )
-                return loaded
-        if lineage or aside:
-            # Also when an earlier attempt has found them so: nobody wants a long run to begin again unasked.
-            raise Unusable(
-                f"each of the {len(lineage) + aside} checkpoints of this job is damaged",
-                code="no-good-checkpoint",
-                hint=f"`tuneyard checkpoint verify {self._storage.url} --all` says how; to start from scratch, "
-                "`tuneyard checkpoint prune --quarantined`, or a new job",
-            )
-        self._ranks.by_main(lambda: self._claim(None))
-        return None
+        beginning = Beginning(self._state, self._catalogue, self._ranks, self.attempt, self._stored_assets, self._url)
+        self._beginning = beginning
+        try:
+            return self._goes_on(beginning.run(accept))
+        finally:
+            self.attempt = beginning.known_attempt
+
+    def go_back(
+        self, before: int, accept: Callable[[Manifest], Mapping[str, torch.Tensor]] = lambda _manifest: {}
+    ) -> Manifest | None:
+        """Load the newest good checkpoint of less than `before` steps, as `resume`; None if there is none. Those of
+        more steps are deleted. When nothing is being written."""
+        assert self._beginning is not None, "resume() begins the attempt"
+        self.finish()
+        return self._goes_on(self._beginning.go_back(before, accept))
+
+    def _goes_on(self, manifest: Manifest | None) -> Manifest | None:
+        assert self._beginning is not None
+        if manifest is not None:
+            assert self._beginning.loaded is not None
+            self._parent = CheckpointId.parse(manifest.id)
+            self.read_bytes, self.random_restored = self._beginning.loaded
+        return manifest
 
     def prepare(self) -> None:
         """Take the host buffer now, in the thread, instead of at the first save."""
@@ -226,6 +234,9 @@ class Checkpoints:
     def told(self) -> list[CheckpointNote]:
         """The same, without a look at what is being written."""
         told, self._notes = self._notes, []
+        if self._beginning is not None:
+            told = [*self._beginning.notes, *told]
+            self._beginning.notes.clear()
         return told
 
     def _all_parts(self, best: Mapping[str, torch.Tensor] | None) -> list[Part]:
@@ -300,7 +311,7 @@ class Checkpoints:
             if not isinstance(cause, CheckpointError):
                 raise
             if self._ranks.main and not isinstance(cause, Superseded):
-                self._clear(key)
+                clear(self._catalogue, key)
             return CheckpointNote(
                 id=str(key), step=draft.step, outcome="failed",
                 code=cause.code, message=cause.message, hint=cause.hint, blocked_s=draft.blocked_s,
@@ -318,8 +329,6 @@ class Checkpoints:
     def _commit(self, draft: Draft, shards: Sequence[Any]) -> None:
         """On the coordinator, once every rank's file is durable."""
         assert self.attempt is not None
-        if self._assets_id is None:
-            self._assets_id = store_assets(self._storage, self._assets())
         manifest = Manifest(
             id=str(CheckpointId(draft.step, self.attempt)),
             step=draft.step,
@@ -332,7 +341,7 @@ class Checkpoints:
             scalars=draft.scalars,
             metrics=draft.metrics,
             loop=draft.loop,
-            assets=self._assets_id,
+            assets=self._stored_assets(),
             # The ranks' random numbers, too: each rank knows its own alone.
             tensors=draft.tensors | _foreign(draft, self._plan.world_size),
             shards=tuple(shards),
@@ -348,44 +357,10 @@ class Checkpoints:
             self._notes.append(CheckpointNote(id=str(newest), step=newest.step, outcome="not-tidied", **told))
         passing("tidied")
 
-    def _begin(self) -> tuple[int, list[CheckpointId], int]:
-        """Which attempt this is, what it may start from, and how many more were set aside."""
-        attempt = self._catalogue.listing().last_attempt + 1 if self.attempt is None else self.attempt
-        self._catalogue.begin(attempt)
-        listing = self._catalogue.listing()
-        return attempt, list(listing.lineage()), len(listing.set_aside())
-
-    def _claim(self, starts_from: CheckpointId | None) -> None:
-        assert self.attempt is not None
-        self._catalogue.claim(self.attempt, starts_from)
-        for left in self._catalogue.listing().unfinished:
-            if left.attempt < self.attempt:  # nobody will finish it: a commit of it would not count
-                self._clear(left)
-
-    def _clear(self, unfinished: CheckpointId) -> None:
-        """Free its room. What cannot be deleted is in nobody's way: it has no marker."""
-        try:
-            self._catalogue.delete(unfinished)
-        except CheckpointError as problem:
-            print(f"what is unfinished of {unfinished} could not be deleted: {problem.message}", flush=True)
-
-    def _load(self, found: CheckpointId, accept: Callable[[Manifest], Mapping[str, torch.Tensor]]) -> Manifest | None:
-        """Load `found` on all ranks; None if it is damaged, which is then noted for good."""
-        try:
-            manifest = self._ranks.by_main(lambda: self._catalogue.manifest(found))
-            self.read_bytes = load_into(self._state, self._storage, manifest, self._ranks, accept(manifest))
-        except Damaged as problem:
-            self._ranks.by_main(functools.partial(self._set_aside, found, problem.message))
-            return None
-        return manifest
-
-    def _set_aside(self, found: CheckpointId, reason: str) -> None:
-        assert self.attempt is not None
-        self._catalogue.quarantine(found, reason, self.attempt)
-        print(f"checkpoint {found} is set aside: {reason}", flush=True)
-        self._notes.append(
-            CheckpointNote(id=str(found), step=found.step, outcome="quarantined", code=Damaged.code, message=reason)
-        )
+    def _stored_assets(self) -> str | None:
+        if self._assets_id is None:
+            self._assets_id = store_assets(self._storage, self._assets())
+        return self._assets_id
 
 
 def passing(boundary: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -17,11 +18,19 @@ from launch.checkpoint.state import BEST, TrainingState
 from launch.checkpoint.storage import Storage
 
 
+class Loaded(NamedTuple):
+    """What came of loading, on this rank."""
+
+    read_bytes: int
+    random: bool
+    """Whether it goes on with random numbers of its own that were saved."""
+
+
 def load_into(
     state: TrainingState, storage: Storage, manifest: Manifest, ranks: Ranks, best: Mapping[str, torch.Tensor]
-) -> int:
+) -> Loaded:
     """Fill `state` and `best` with what the checkpoint holds, and go on with its random numbers if they are of as many
-    ranks; returns the bytes that this rank read. All ranks call it, and it raises alike on all of them.
+    ranks. All ranks call it, and it raises alike on all of them.
 
     Raises:
         Damaged: bytes are not those that were written; the state may hold some of them by then.
@@ -45,7 +54,7 @@ def load_into(
     state.set_scalars(manifest.scalars)
     if ours:
         random_state.restore(room)
-    return reader.read_bytes
+    return Loaded(reader.read_bytes, ours)
 
 
 def check_fits(manifest: Manifest, tensors: Mapping[str, LogicalTensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,19 +11,33 @@ import torch
 from launch.checkpoint.state import Part
 
 
-def capture() -> dict[str, torch.Tensor]:
-    """The states of Python's, numpy's and torch's generators; the same names and shapes every time."""
-    version, words, gauss = random.getstate()
+class Moment(NamedTuple):
+    """Where the generators were, as they say it themselves: quick to take."""
+
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...]
+    torch: torch.Tensor
+
+
+def now() -> Moment:
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)
+    return Moment(random.getstate(), state, torch.get_rng_state())
+
+
+def capture(moment: Moment | None = None) -> dict[str, torch.Tensor]:
+    """The states of Python's, numpy's and torch's generators, then or now; the same names and shapes every time. A
+    GPU's are those of now."""
+    moment = moment or now()
+    version, words, gauss = moment.python
     assert (version == 3 and gauss is None) or isinstance(gauss, float)
-    numpy_state = np.random.get_state(legacy=True)
-    assert isinstance(numpy_state, tuple)
-    _, keys, position, has_gauss, cached = numpy_state
+    _, keys, position, has_gauss, cached = moment.numpy
     found = {
         "python": torch.tensor([*words, -1 if gauss is None else 1], dtype=torch.int64),
         "python-gauss": torch.tensor([gauss or 0.0], dtype=torch.float64),
         "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
         "numpy-gauss": torch.tensor([cached], dtype=torch.float64),
-        "torch": torch.get_rng_state(),
+        "torch": moment.torch,
     }
     if torch.cuda.is_available():
         found["cuda"] = torch.cuda.get_rng_state()

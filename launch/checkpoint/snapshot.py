@@ -67,9 +67,12 @@ class Layout:
 class HostBuffer:
     """Memory for one file, taken once and used for every save."""
 
-    def __init__(self, layout: Layout, *, pinned: bool) -> None:
+    def __init__(self, layout: Layout, *, pinned: bool, mapped: mmap.mmap | None = None) -> None:
+        """`mapped` is memory to use instead of some of its own."""
         self.layout = layout
-        if pinned:  # a GPU copies to pageable memory at half the speed, and not beside the host
+        if mapped is not None:
+            self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
+        elif pinned:  # a GPU copies to pageable memory at half the speed, and not beside the host
             self._bytes = torch.zeros(layout.size, dtype=torch.uint8, pin_memory=True)
         else:
             memory = mmap.mmap(-1, layout.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -61,6 +61,10 @@ class TrainingState(Protocol):
     def share(self, weights: Mapping[str, torch.Tensor]) -> None:
         """After the parts of `weights` were written to: bring the rest of them in line. All ranks call it."""
 
+    def among(self, rank: int, world_size: int, /) -> TrainingState:
+        """The same, where what all ranks hold alike is divided among so many, of which this is the `rank`-th. What is
+        sharded stays as it is. To be copied, not loaded."""
+
 
 def logical(tensor: torch.Tensor) -> LogicalTensor:
     return LogicalTensor(dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
@@ -122,6 +126,9 @@ class PlainState:
 
     def share(self, weights: Mapping[str, torch.Tensor]) -> None:
         exchange(weights, self._world_size)
+
+    def among(self, rank: int, world_size: int, /) -> TrainingState:
+        return PlainState(self._module, self._optimizer, rank, world_size, self._scaler)
 
 
 class ZeroState:
@@ -196,6 +203,9 @@ class ZeroState:
     def share(self, weights: Mapping[str, torch.Tensor]) -> None:
         if self._stage < 3:
             exchange(weights, self._world_size)
+
+    def among(self, _rank: int, _world_size: int, /) -> TrainingState:
+        return self
 
     def _flats(self) -> list[torch.Tensor]:
         zero = self._zero

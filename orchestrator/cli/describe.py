@@ -124,6 +124,8 @@ def _note(event: EventView) -> str:
     """What became of a checkpoint: a CheckpointNote, as stored."""
     note = event.data
     text = str(note.get("id"))
+    if note.get("source") == "memory":
+        text += ", made of what the ranks before had left"
     if note.get("bytes"):
         text += f", {size(note['bytes'])}"
     if note.get("save_s") is not None:

@@ -19,6 +19,9 @@ from orchestrator.schedule.place import least_room
 from orchestrator.schedule.yard import Yard
 from orchestrator.store.rows import AttemptRow, JobRow, Mark
 
+AVOIDED_S = 30.0
+"""For how long a job waits for other nodes than the one on which it failed: a node that is bad becomes suspect."""
+
 
 class Board:
     """The yard as the controller last saw it."""
@@ -27,6 +30,7 @@ class Board:
         self.yard = Yard(rules=rules)
         for ran in history:
             self.yard.history.add(ran)
+        self._now = 0.0
         self._nodes: tuple[object, ...] = ()
         self._queues: tuple[Queue, ...] = ()
         self._kinds: tuple[NodeKind, ...] | None = ()
@@ -47,9 +51,10 @@ class Board:
         marks: Mapping[str, Mark],
         queues: Sequence[Queue],
         factors: Factors,
+        now: float,
     ) -> Yard:
         """The yard in which `waiting` jobs wait and `holding` attempts hold their slots; `marks` by name of node."""
-        yard = self.yard
+        yard, self._now = self.yard, now
         seen = (tuple(nodes), tuple(sorted(marks.items())))
         if seen != self._nodes:
             self._nodes = seen
@@ -96,16 +101,22 @@ class Board:
     def _gang(self, job: JobRow) -> Gang:
         known = self._gangs.get(job.id)
         if known is None or known[0] is not job:
-            gang = self._where_possible(gang_of(job, self._kinds, self._factors))
+            gang = self._where_possible(job, gang_of(job, self._kinds, self._factors))
             if known is not None and known[1] == gang:
                 gang = known[1]
             known = self._gangs[job.id] = (job, gang)
+        elif known[1].avoid:
+            gang = self._where_possible(job, known[1])
+            if gang is not known[1]:
+                known = self._gangs[job.id] = (job, gang)
         return known[1]
 
-    def _where_possible(self, gang: Gang) -> Gang:
-        """A gang that keeps away from nodes only as long as the others could hold it."""
+    def _where_possible(self, job: JobRow, gang: Gang) -> Gang:
+        """A gang that keeps away from nodes only as long as the others could hold it, and not for long."""
         if not gang.avoid:
             return gang
+        if self._now > max(gang.queued_at, job.not_before or 0.0) + AVOIDED_S:
+            return replace(gang, avoid=())
         away = least_room(self.yard.idle, gang, gang.most, consolidate=self.yard.rules.consolidate)
         return gang if away is not None else replace(gang, avoid=())
 
@@ -116,7 +127,7 @@ def held_of(attempt: AttemptRow, job: JobRow, gang: Gang) -> Held:
     asked = job.cancel_requested or job.pause_requested
     stopping = asked or attempt.stop is not None or attempt.state in (AttemptState.STOPPING, AttemptState.LOST)
     return Held(
-        replace(gang, target=None) if gang.target is not None else gang,
+        replace(gang, target=None, avoid=()) if gang.target is not None or gang.avoid else gang,
         attempt.held,
         since=attempt.created_at,
         saved_at=saved if saved is not None and saved > attempt.created_at else None,

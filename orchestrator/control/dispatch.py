@@ -52,7 +52,7 @@ def dispatch(
             yield action
         elif not _held_up(job, jobs, facts, now):
             waiting.append(job)
-    decisions = decide(_yard(state, facts, waiting, board), now)
+    decisions = decide(_yard(state, facts, waiting, board, now), now)
     for stop in decisions.stops:
         yield _stop(busy[stop.job_id], stop, now, policy)
     starting = {start.job_id for start in decisions.starts}
@@ -80,10 +80,10 @@ def yard_of(state: State, facts: Facts, now: float, board: Board) -> Yard:
         and _unfit_to_wait(job, jobs, state, facts, now) is None
         and _held_up(job, jobs, facts, now) is None
     ]
-    return _yard(state, facts, waiting, board)
+    return _yard(state, facts, waiting, board, now)
 
 
-def _yard(state: State, facts: Facts, waiting: Sequence[JobRow], board: Board) -> Yard:
+def _yard(state: State, facts: Facts, waiting: Sequence[JobRow], board: Board, now: float) -> Yard:
     jobs = {job.id: job for job in state.jobs}
     return board.sync(
         waiting,
@@ -92,6 +92,7 @@ def _yard(state: State, facts: Facts, waiting: Sequence[JobRow], board: Board) -
         marks=state.marks,
         queues=state.queues,
         factors=state.factors,
+        now=now,
     )
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from launch.attempt import HUNG
+from launch.attempt import CANCELLED, HUNG
 from launch.checkpoint.manifest import CheckpointId
 from launch.contract import ExitCode, StopRequest
 from orchestrator.cluster.status import AttemptStatus
@@ -70,7 +70,7 @@ def _attempt(
     patient = attempt.stop is None or planned(attempt)  # nothing is on its way that would end it soon
     if patient and job.cancel_requested:
         reason = Reason(code=ReasonCode.CANCEL_REQUESTED, sentence="cancelling: ranks end at their next step boundary")
-        yield SendStop(*key, StopRequest(reason="cancelled", deadline=now + policy.stop_grace), reason)
+        yield SendStop(*key, StopRequest(reason=CANCELLED, deadline=now + policy.stop_grace), reason)
     elif patient and _has_failed_in_part(status):
         # Agents end their own node's ranks; the other nodes' ranks only hang in a collective until they are told.
         reason = Reason(code=ReasonCode.FAILED, sentence="a rank failed; the rest of the gang is being ended")

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from launch.attempt import AttemptFiles, write_atomically
+from launch.checkpoint.copies import SWEEP_S, sweep
 from launch.contract import RunContract, StopRequest
 from orchestrator.cluster.model import Node
 from orchestrator.cluster.status import AttemptStatus, NodeReport, ProbeCheck, ProbeReport, ProbeRequest, StandbyReport
@@ -82,10 +83,14 @@ class LocalExecutor:
         self._spares: list[subprocess.Popen[bytes]] = []
         self._quiet_until = 0.0
         self._probes = Probes()
+        self._sweep_at = 0.0
         self._lock = threading.Lock()  # the API asks for nodes, too
 
     def nodes(self) -> list[Node]:
         self._keep_spares()
+        if time.monotonic() >= self._sweep_at:
+            self._sweep_at = time.monotonic() + SWEEP_S
+            sweep(time.time())
         cores = os.cpu_count() or 1
         return [
             Node(

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,7 +21,17 @@ from typing import Any
 
 import psutil
 
-from launch.attempt import ENV_HEARTBEAT, ENV_RUN_ID, HUNG, AttemptFiles, ExitCode, told_to_torch, write_atomically
+from launch.attempt import (
+    CANCELLED,
+    ENV_HEARTBEAT,
+    ENV_RUN_ID,
+    HUNG,
+    AttemptFiles,
+    ExitCode,
+    told_to_torch,
+    write_atomically,
+)
+from launch.pulse import read_beat
 from orchestrator.execute.energy import Meter
 from orchestrator.execute.oom import Witness
 from orchestrator.execute.processes import inherited, is_alive, kill, of_run
@@ -30,6 +42,8 @@ from orchestrator.execute.standby import Ordered, Standbys
 HEARTBEAT_S = 0.5
 ECHO_S = 3.0  # time that ranks have to write down how they fail once one of them has
 LINGER_S = 30.0  # time that processes may take to leave once every rank has said how it ended
+LAST_MINUTE_S = 20.0  # added to that for a rank that saves what it has
+UPLOAD_S = 60.0  # time that copies in memory have to get into the store; what does not stays where it is
 LOG_TAIL = 4000
 
 
@@ -58,6 +72,8 @@ class LaunchRequest:
     """Indices of the GPUs that it holds here."""
     log_patterns: tuple[str, ...] = ()
     """What is looked for in the logs of ranks that failed."""
+    copies: tuple[str, str] | None = None
+    """With copies in memory: the folder where its ranks leave them, and the URL of the checkpoints to put them to."""
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
@@ -69,6 +85,7 @@ class LaunchRequest:
         data["owner"] = tuple(data["owner"]) if data["owner"] else None
         data["gpus"] = tuple(data.get("gpus", ()))
         data["log_patterns"] = tuple(data.get("log_patterns", ()))
+        data["copies"] = tuple(data["copies"]) if data.get("copies") else None
         return cls(**data)
 
 
@@ -93,6 +110,8 @@ class Member:
     _meter: Meter | None = None
     _bereft: bool = False
     """Whether the agent that started it has died: how its ranks ended is not known then."""
+    _upload: tuple[subprocess.Popen[bytes], float] | None = None
+    """Puts copies from memory into the store, and since when."""
 
     def __post_init__(self) -> None:
         self.files = AttemptFiles(self.request.run_dir)
@@ -174,10 +193,11 @@ class Member:
         if all(ends.values()) and self._over_at is None:
             self._over_at = now
         code = self.launcher.poll() if self.launcher else None
+        more = LAST_MINUTE_S if self._failed_at is not None and self._saves(ends) else 0.0
         overdue = (
-            (self._failed_at is not None and now - self._failed_at > ECHO_S)
+            (self._failed_at is not None and now - self._failed_at > ECHO_S + more)
             or (self._over_at is not None and now - self._over_at > LINGER_S)
-            or self._stop_is_overdue(now)
+            or self._stop_is_overdue(now - more)
             or self._is_orphan()
         )
         if overdue or code is not None or self._bereft:
@@ -185,7 +205,7 @@ class Member:
             if left and (overdue or self._leavers_are_late(now)):
                 self._ended_by_us = self._ended_by_us or self._why_ended()
                 kill(left)
-            elif not left:
+            elif not left and self._stored(now):
                 self._finish(self.launcher.wait() if self.launcher else None)
         return self.ended
 
@@ -264,6 +284,30 @@ class Member:
         why = f"it was asked to stop ({stop['reason']}), and did not in time" if stop else "it had outlived its purpose"
         return f"the node's agent ended it: {why}"
 
+    def _saves(self, ends: Mapping[int, dict[str, Any] | None]) -> bool:
+        """Whether a rank that is still there writes down the state that it has, after another has failed."""
+        beats = [read_beat(self.files.pulse(rank)) for rank, end in ends.items() if end is None]
+        return any(beat is not None and beat.phase == "save" for beat in beats)
+
+    def _stored(self, now: float) -> bool:
+        """Whether the copies that its ranks have left in memory, if any, are in the store, or it has taken too long."""
+        if self.request.copies is None or not Path(self.request.copies[0]).exists():
+            return True
+        stop = _read(self.files.stop)
+        if self._upload is None and stop is not None and stop["reason"] == CANCELLED:
+            shutil.rmtree(self.request.copies[0], ignore_errors=True)
+            return True
+        if self._upload is None:
+            env = {key: value for key, value in self._environment().items() if key != ENV_RUN_ID}
+            with self.files.launcher_log(self.request.node_index).open("ab") as log:
+                argv = [sys.executable, "-m", "launch.checkpoint.copies", self.request.copies[1]]
+                self._upload = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log), now
+        process, since = self._upload
+        if process.poll() is None and now - since > UPLOAD_S:
+            process.kill()
+            process.wait()
+        return process.poll() is not None
+
     def _exit(self, rank: int) -> dict[str, Any] | None:
         return _read(self.files.exit(rank))
 
@@ -288,7 +332,7 @@ class Member:
             if end is None and rank in self._seen:
                 self._record_death(rank)
             elif end is None:
-                stopped = _read(self.files.stop) is not None
+                stopped = _read(self.files.stop) is not None or _told_to_end(code, log)
                 self._record(
                     rank,
                     ExitCode.STOPPED if stopped else ExitCode.CRASH,
@@ -337,6 +381,11 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return data if isinstance(data, dict) else None
+
+
+def _told_to_end(code: int | None, log: str) -> bool:
+    """Whether SIGTERM ended the launcher, or a rank that did not listen yet: somebody wants the processes gone."""
+    return code == -signal.SIGTERM or re.search(r"exitcode\s*:\s*-15\b|got signal: 15\b", log) is not None
 
 
 def _signal_in(log: str, pid: int) -> int | None:

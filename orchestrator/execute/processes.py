@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -44,6 +45,18 @@ def carrying(name: str, value: str) -> list[psutil.Process]:
 def of_run(run_id: str) -> list[psutil.Process]:
     """Living processes of one attempt on this host."""
     return carrying(ENV_RUN_ID, run_id)
+
+
+def of_any_run() -> list[int]:
+    """Pids of this host's processes of all attempts, whosever they are."""
+    wanted, found = f"{ENV_RUN_ID}=".encode(), []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            if entry.name.isdigit() and any(
+                one.startswith(wanted) for one in (entry / "environ").read_bytes().split(b"\0")
+            ):
+                found.append(int(entry.name))
+    return found
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 
 from launch.attempt import AttemptFiles, write_atomically
+from launch.checkpoint.copies import SWEEP_S, sweep
 from launch.contract import RunContract
 from orchestrator.cluster.status import NodeReport, ProbeReport, ProbeRequest, StandbyReport
 from orchestrator.execute.local import free_ports, log_path, probed
@@ -36,6 +37,7 @@ class NodeAgent:
         self._probes = Probes()
         self._standbys = Standbys(standbys)
         self._standbys.want(node_environment())
+        self._sweep_at = 0.0
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def ping(self) -> int:
@@ -98,6 +100,9 @@ class NodeAgent:
     def _watch(self) -> None:
         while os.getppid() == self._raylet:
             self._tick(healthy=True)
+            if time.monotonic() >= self._sweep_at:
+                sweep(time.time())
+                self._sweep_at = time.monotonic() + SWEEP_S
             time.sleep(TICK_S)
         self._standbys.close()
         self._probes.close()

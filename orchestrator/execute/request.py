@@ -8,6 +8,7 @@ import sys
 import yaml
 
 from launch.attempt import AttemptFiles
+from launch.checkpoint.copies import home
 from launch.contract import RunContract
 from launch.engine_config import accelerate_config, deepspeed_config, launch_command, launch_environment
 from orchestrator.execute.member import LaunchRequest
@@ -34,6 +35,8 @@ def build_request(
     """The request that starts `contract`'s ranks on its node `node_index`."""
     files = AttemptFiles(contract.run_dir)
     share = contract.nodes[node_index]
+    in_memory = contract.spec is not None and contract.spec.checkpoint.memory_every_steps is not None
+    folder = home(contract.checkpoint_dir) / f"attempt-{contract.attempt}"
     return LaunchRequest(
         run_id=contract.run_id,
         run_dir=contract.run_dir,
@@ -49,4 +52,5 @@ def build_request(
         standby=contract.spec is not None and not contract.env_from,
         gpus=share.gpus,
         log_patterns=contract.log_patterns,
+        copies=(str(folder), contract.checkpoint_dir) if in_memory else None,
     )

@@ -28,6 +28,6 @@ def newest(last: LastCheckpoint | None, line: ProgressLine, directory: str) -> L
     if note.outcome == "quarantined" and last is not None and last.id == note.id:
         return None  # what is resumed from instead is told next
     known = last is not None and last.id == note.id
-    if note.outcome == "committed" or (note.outcome == "resumed" and not known):
+    if note.outcome in ("committed", "rolled-back") or (note.outcome == "resumed" and not known):
         return LastCheckpoint(id=note.id, step=note.step, time=line.time, url=f"{directory.rstrip('/')}/{note.id}")
     return last

@@ -114,17 +114,21 @@ def judge(exits: Sequence[RankExit], world_size: int) -> Verdict:
 
     All done is success. Any failure is the earliest one's, but one that only says that a peer is gone, or that the
     agent ended the rest of a failing gang, is an echo, however early it was written down: a killed rank's end is
-    noticed after its peers have lost their connections to it. A rank of which nothing was heard was lost with its node.
+    noticed after its peers have lost their connections to it. Echoes beside a rank that stopped are of that one's end.
+    A rank of which nothing was heard was lost with its node.
     """
     failures = sorted(
         (one for one in exits if one.code not in (ExitCode.DONE, ExitCode.STOPPED)),
         key=lambda one: (_is_echo(one), one.time),
     )
+    stopped = any(one.code == ExitCode.STOPPED for one in exits)
+    if failures and stopped and len(exits) == world_size and _is_echo(failures[0]):
+        return Verdict(Outcome.STOPPED, None)
     if failures and (len(exits) == world_size or not _is_echo(failures[0])):
         return Verdict(OUTCOMES[failures[0].code], failures[0])
     if len(exits) < world_size:
         return Verdict(Outcome.NODE_LOST, None)
-    if any(one.code == ExitCode.STOPPED for one in exits):
+    if stopped:
         return Verdict(Outcome.STOPPED, None)
     return Verdict(Outcome.SUCCEEDED, None)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 
 from orchestrator.cluster.capacity import Capacity, Fit
@@ -342,7 +342,7 @@ class _Pass:
         if self._for_room() or self.stops:
             return
         for held in growths(self.yard, self.now):
-            gang = held.gang
+            gang = replace(held.gang, avoid=())  # it has done without that node for long enough
             allowed = held.processes + self._allowed(self.yard.queue(gang.queue))
             free = self.free.copy()
             free.give(held.placement)

@@ -11,7 +11,7 @@ import pytest
 from tests.worlds import write_bert, write_messages
 from tests.yards import a_yard, kill, until
 
-STEPS = 1500
+STEPS = 700
 
 
 def test_a_training_that_is_paused_and_killed_is_accounted_for(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_a_training_that_is_paused_and_killed_is_accounted_for(tmp_path: Path) -
                 "eval_every": 50,
                 "log_every": 1,
             },
-            strategy="ddp",
+            strategy="zero2",  # under ddp the rank that is left would save the last step
             resources={"num_processes": 2},
             checkpoint={"every_steps": 20},
         )

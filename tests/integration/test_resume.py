@@ -118,6 +118,42 @@ def test_stops_leave_no_trace(world: Path, tmp_path: Path, engine: str, size: in
     assert stopped.model() == whole.model()
 
 
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_a_stop_in_an_evaluation_leaves_no_trace(world: Path, tmp_path: Path, engine: str) -> None:
+    """At a step that is to be evaluated, within an evaluation, and within the last one, when the model already has the
+    weights of the best: each evaluation is made once, and what they decide is decided as without the stops."""
+    changes = {"eval_every": 3, "keep_best": True, "early_stopping": {"metric": "f1_macro", "patience": 2}}
+    spec = job(world, dropout=0.2, train={**changes, "learning_rate": 0.02, "max_steps": 20})
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"test": (str(world / "messages.tsv"),)})})
+    whole = Job(spec, tmp_path / "whole")
+    expected = whole.run(engine, 2)
+    stopped = Job(spec, tmp_path / "stopped")
+    stopped.run(engine, 2, stop_at=3)
+    evaluations = len(measured(whole))
+    assert 4 <= evaluations <= 6, "it ends early, by the evaluations"
+    for which in (2, evaluations - 1):  # the first of an attempt is the one that is owed
+        launched = stopped.begin(engine, 2, "stop-in-evaluation", STOP_IN=str(which))
+        assert [end.code for end in launched.wait().values()] == [ExitCode.STOPPED] * 2, launched.logs()
+    ended = stopped.run(engine, 2)
+    assert measured(stopped) == measured(whole)
+    assert losses(ended) == losses(expected)
+    assert stopped.model() == whole.model()
+    for one, other in zip(ended.values(), expected.values(), strict=True):
+        assert one.result is not None
+        assert other.result is not None
+        assert one.result.metrics == other.result.metrics
+        if one.result.train is not None and other.result.train is not None:
+            assert one.result.train.stopped_early == other.result.train.stopped_early
+            assert one.result.train.best_step == other.result.train.best_step
+
+
+def measured(job: Job) -> list[tuple[int, dict[str, float]]]:
+    """Every evaluation of a job, the last one of the finished model."""
+    texts = [launched.files.progress(0).read_text() for launched in job.attempts]
+    lines = [ProgressLine.model_validate_json(line) for text in texts for line in text.splitlines()]
+    return [(line.step, line.metrics) for line in lines if line.metrics is not None]
+
+
 def test_every_sample_once(world: Path, tmp_path: Path) -> None:
     """Three stops and two changes of the world size within an epoch: what was trained on is the epoch, in its order."""
     spec = job(world, train={"max_steps": 10})

@@ -14,7 +14,7 @@ from launch.contract import RunContract, StopRequest
 from launch.shape import shape_of_config
 from orchestrator.cluster.capacity import Capacity
 from orchestrator.cluster.model import Node, Placement
-from orchestrator.control.board import Board, held_of
+from orchestrator.control.board import AVOIDED_S, Board, held_of
 from orchestrator.job.checkpoint import LastCheckpoint
 from orchestrator.job.lifecycle import AttemptState, JobState, Reason, ReasonCode
 from orchestrator.job.spec import TrainingJob, dump_job
@@ -215,7 +215,7 @@ class World:
         waiting = [row for row in self.jobs.values() if row.id not in self.attempts and not row.pause_requested]
         holding = [(self.jobs[job_id], attempt) for job_id, attempt in self.attempts.items()]
         return board.sync(
-            waiting, holding, self.nodes, marks=self.marks, queues=self.queues, factors=self.factors,
+            waiting, holding, self.nodes, marks=self.marks, queues=self.queues, factors=self.factors, now=self.now,
         )  # fmt: skip
 
 
@@ -279,8 +279,18 @@ def test_a_board_that_is_kept_shows_what_a_new_one_shows(data: st.DataObject) ->
 def test_a_gang_keeps_away_from_nodes_as_long_as_others_will_do() -> None:
     row = a_row(1, "command").model_copy(update={"avoid": (NODES[0].id,)})
     for nodes, avoid in ((NODES, (NODES[0].id,)), (NODES[:1], ())):
-        yard = Board(RULES).sync([row], [], nodes, marks={}, queues=(), factors=())
+        yard = Board(RULES).sync([row], [], nodes, marks={}, queues=(), factors=(), now=0.0)
         assert yard.waiting[row.id].avoid == avoid
+
+
+def test_after_a_while_a_gang_does_not_wait_for_other_nodes_any_more() -> None:
+    row = a_row(1, "command").model_copy(update={"avoid": (NODES[0].id,), "queued_at": 10.0, "not_before": 50.0})
+    board = Board(RULES)
+    avoided = [
+        board.sync([row], [], NODES, marks={}, queues=(), factors=(), now=now).waiting[row.id].avoid
+        for now in (50.0, 50.0 + AVOIDED_S, 51.0 + AVOIDED_S)
+    ]
+    assert avoided == [(NODES[0].id,), (NODES[0].id,), ()]
 
 
 def test_a_row_that_has_not_changed_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +305,7 @@ def test_a_row_that_has_not_changed_is_not_looked_at_again(monkeypatch: pytest.M
 
     def look() -> list[str]:
         asked.clear()
-        board.sync(rows[1:], [(rows[0], attempt)], NODES, marks={}, queues=(), factors=())
+        board.sync(rows[1:], [(rows[0], attempt)], NODES, marks={}, queues=(), factors=(), now=0.0)
         return sorted(asked)
 
     assert look() == [f"job-{number}" for number in range(1, 6)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -170,6 +171,20 @@ def test_a_launcher_that_fails_before_its_ranks_is_a_crash_with_its_log(run_id: 
     end = exit_of(member)
     assert end["code"] == ExitCode.CRASH
     assert "no such option" in end["error"]["traceback"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("deaf", [False, True], ids=["by-the-signal", "by-itself"])
+def test_a_launcher_that_is_told_to_end_before_its_ranks_is_a_stop(run_id: str, launcher: Path, deaf: bool) -> None:
+    told = "raise SystemExit('SignalException: Process 7 got signal: 15')"
+    handler = f"import signal\ndef told(*_): {told}\nsignal.signal(signal.SIGTERM, told)\n" if deaf else ""
+    launcher.write_text(f"{handler}import pathlib, time\npathlib.Path(r'{launcher}.on').touch()\ntime.sleep(1000)")
+    member = a_member(run_id, launcher, "done")
+    member.start()
+    until(Path(f"{launcher}.on").exists)
+    assert member.launcher is not None
+    os.kill(member.launcher.pid, signal.SIGTERM)  # type: ignore[union-attr]
+    until(member.tick)
+    assert exit_of(member)["code"] == ExitCode.STOPPED
 
 
 def test_a_launcher_that_does_not_exist_is_a_crash(run_id: str, launcher: Path) -> None:

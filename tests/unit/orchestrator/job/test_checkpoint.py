@@ -41,3 +41,9 @@ def test_resuming_does_not_make_a_checkpoint_younger() -> None:
 def test_a_line_without_a_note_changes_nothing() -> None:
     last = told((1, "committed"))
     assert newest(last, ProgressLine(time=9.0, phase="train"), "/store") == last
+
+
+def test_what_it_went_back_to_is_the_newest() -> None:
+    last = told((2, "committed"), (4, "committed"), (2, "rolled-back"))
+    assert last is not None
+    assert last.step == 2

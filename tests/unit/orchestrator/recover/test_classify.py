@@ -61,6 +61,13 @@ def test_where_all_are_echoes_the_one_that_said_nothing_was_lost() -> None:
     assert (verdict.outcome, verdict.first and verdict.first.rank) == (Outcome.CRASHED, 1)
 
 
+def test_echoes_of_a_rank_that_stopped_are_no_failure() -> None:
+    ends = [an_exit(0, ExitCode.STOPPED), an_exit(1, ExitCode.CRASH, 2.0, "closed by peer", echo=True)]
+    assert judge(ends, 2).outcome == Outcome.STOPPED
+    assert judge([*ends, an_exit(2, ExitCode.CRASH)], 3).outcome == Outcome.CRASHED
+    assert judge(ends, 3).outcome == Outcome.NODE_LOST
+
+
 @given(st.lists(st.sampled_from(ExitCode), max_size=8), st.integers(1, 8))
 def test_a_success_needs_every_rank(codes: list[ExitCode], world_size: int) -> None:
     exits = [an_exit(rank, code, time=rank) for rank, code in enumerate(codes[:world_size])]

@@ -41,6 +41,16 @@ def test_room_is_made_elsewhere() -> None:
     assert [stop.job_id for stop in decide(yard, 1000.0).stops] == ["j2"]
 
 
+def test_it_grows_onto_the_node_that_it_went_away_from() -> None:
+    """An elastic gang starts at once with what is elsewhere, and would stay so small for good."""
+    yard = a_yard()
+    yard.wait(a_gang("j1", 2, 4, avoid=("n0",)))
+    assert nodes_of(yard) == {"j1": ["n1"]}
+    yard = a_yard()
+    hold(yard, a_gang("j1", 2, 4, avoid=("n0",)), "n1", processes=2)
+    assert [(stop.job_id, stop.target) for stop in decide(yard, 1000.0).stops] == [("j1", 4)]
+
+
 def test_nodes_that_are_gone_are_passed_over() -> None:
     yard = a_yard()
     yard.wait(a_gang("j1", 2, avoid=("n9",)))
