@@ -102,6 +102,15 @@ class AttemptFiles:
         """What its threads were doing when it, or another one, did not move."""
         return self.rank(rank) / "stacks.txt"
 
+    def collectives(self, rank: int | None = None) -> Path:
+        """With NCCL: what its flight recorder has of the rank's collectives, once they failed or the rank hung; without
+        a rank how all begin."""
+        return self.run_dir / f"nccl-trace-{'' if rank is None else rank}"
+
+    def ask_for_collectives(self, rank: int) -> Path:
+        """A named pipe of torch's: what is written there makes the flight recorder write."""
+        return self.run_dir / f"nccl-trace-{rank}.pipe"
+
     def samples(self, rank: int) -> Path:
         """With train.log_samples: which rows it trained on."""
         return self.rank(rank) / "samples.jsonl"

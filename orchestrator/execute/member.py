@@ -36,7 +36,7 @@ from orchestrator.execute.energy import Meter
 from orchestrator.execute.oom import Witness
 from orchestrator.execute.processes import inherited, is_alive, kill, of_run
 from orchestrator.execute.search import found_in, tail
-from orchestrator.execute.stall import Stacks, Watch, stack_in
+from orchestrator.execute.stall import Stacks, Watch, dump_collectives, stack_in
 from orchestrator.execute.standby import Ordered, Standbys
 
 HEARTBEAT_S = 0.5
@@ -255,6 +255,7 @@ class Member:
                 self._stalled, self._stacks = False, None
             return
         if self._stacks is None:
+            dump_collectives(map(self.files.ask_for_collectives, live))
             self._stacks = Stacks({self._seen[rank]["pid"]: self.files.stacks(rank) for rank in live})
         elif self._stalled and self._stacks.written:
             return

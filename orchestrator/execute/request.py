@@ -13,6 +13,9 @@ from launch.contract import RunContract
 from launch.engine_config import accelerate_config, deepspeed_config, launch_command, launch_environment
 from orchestrator.execute.member import LaunchRequest
 
+COLLECTIVES = 2000
+"""So many are remembered of a rank."""
+
 
 def launch_files(contract: RunContract, node_index: int) -> dict[str, str]:
     """Path → text of the contract and of the complete launcher configuration."""
@@ -29,6 +32,19 @@ def launch_files(contract: RunContract, node_index: int) -> dict[str, str]:
     return written
 
 
+def recorder(contract: RunContract) -> dict[str, str]:
+    """With NCCL, what has torch keep a record of the last collectives, and write it when they fail or it is asked."""
+    if contract.plan.device != "cuda" or contract.plan.world_size == 1:
+        return {}
+    prefix = str(AttemptFiles(contract.run_dir).collectives())
+    return {
+        "TORCH_FR_BUFFER_SIZE": str(COLLECTIVES),
+        "TORCH_FR_DUMP_TEMP_FILE": prefix,
+        "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": prefix,
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }
+
+
 def build_request(
     contract: RunContract, node_index: int, *, python: str = sys.executable, owner: tuple[int, float] | None = None
 ) -> LaunchRequest:
@@ -43,7 +59,7 @@ def build_request(
         node_index=node_index,
         ranks=contract.ranks_of(node_index),
         argv=tuple(launch_command(python, files.accelerate_config(node_index), files.contract)),
-        env={**contract.env, **launch_environment(contract.plan, share)},
+        env={**recorder(contract), **contract.env, **launch_environment(contract.plan, share)},
         env_from=contract.env_from,
         cwd=contract.working_dir or contract.run_dir,
         files=launch_files(contract, node_index),

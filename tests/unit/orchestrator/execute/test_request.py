@@ -146,3 +146,16 @@ def test_without_a_driver_or_a_gpu_there_are_none(nvml: FakeNvml) -> None:
 )  # fmt: skip
 def test_short_names_are_those_of_job_files(name: str, short: str) -> None:
     assert short_type(name) == short
+
+
+def test_nccl_keeps_a_record_of_collectives_for_a_gang_on_gpus_alone() -> None:
+    env = build_request(a_contract(), 0).env
+    files = AttemptFiles("/yard/jobs/job-1/attempt-2")
+    # torch adds the rank, and ".pipe" to the one that it reads.
+    assert env["TORCH_FR_DUMP_TEMP_FILE"] + "2" == str(files.collectives(2))
+    assert env["TORCH_NCCL_DEBUG_INFO_PIPE_FILE"] + "2.pipe" == str(files.ask_for_collectives(2))
+    assert int(env["TORCH_FR_BUFFER_SIZE"]) > 0
+    assert env["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert not any(name.startswith("TORCH_") for name in build_request(a_contract(device="cpu"), 0).env)
+    own = a_contract().model_copy(update={"env": {"TORCH_FR_BUFFER_SIZE": "9"}})
+    assert build_request(own, 0).env["TORCH_FR_BUFFER_SIZE"] == "9", "the job's own word counts"

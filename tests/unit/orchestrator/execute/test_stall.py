@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.attempt import AttemptFiles
 from launch.pulse import Pulse
 from orchestrator.execute import stall
 from orchestrator.execute.stall import (
@@ -21,6 +22,7 @@ from orchestrator.execute.stall import (
     STOPPED_S,
     Stacks,
     Watch,
+    dump_collectives,
     is_stopped,
     listens,
     stack_in,
@@ -175,3 +177,16 @@ def test_who_does_not_listen_is_not_asked(tmp_path: Path, monkeypatch: pytest.Mo
     finally:
         process.kill()
         process.wait()
+
+
+def test_flight_recorders_are_asked_by_their_pipes_where_somebody_reads_them(tmp_path: Path) -> None:
+    files = AttemptFiles(tmp_path)
+    pipes = [files.ask_for_collectives(rank) for rank in range(3)]
+    os.mkfifo(pipes[1])
+    os.mkfifo(pipes[2])  # nobody reads it: its rank is gone
+    reader = os.open(pipes[1], os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        dump_collectives(pipes)
+        assert os.read(reader, 16) == b"1"
+    finally:
+        os.close(reader)
