@@ -194,6 +194,11 @@ class AttemptStatus(BaseModel):
         return all(report.claimed for report in self.reports)
 
     @property
+    def seen(self) -> bool:
+        """Whether every node's agent has answered, so that what has ended is known to be gone."""
+        return all(report.reachable for report in self.reports)
+
+    @property
     def reachable(self) -> bool:
         """Whether every node that has not ended answered."""
         return all(report.reachable or report.ended for report in self.reports)

@@ -37,6 +37,8 @@ PROGRESS_S = 1.0  # at most one stored sign of life an attempt in so long
 START_AGAIN_S = 5.0
 START_TIMEOUT_S = 60.0
 SILENCE_S = 3.0  # a node that has not answered for so long is lost
+UNTOLD_S = SILENCE_S / 2  # so old is the stored sign of life of one that answers, at most
+LEAVING_S = 2.0  # a rank that nobody sees has said how it ended before its process is gone
 ECHO_S = 5.0  # time the other nodes have to end once one has failed
 
 
@@ -102,7 +104,7 @@ def _attempt(
         yield StartAgain(*key)
     progress = status.progress
     changed = progress is not None and progress != attempt.progress
-    if (changed and now - attempt.last_contact >= PROGRESS_S) or now - attempt.last_contact >= SILENCE_S / 2:
+    if (changed and now - attempt.last_contact >= PROGRESS_S) or now - attempt.last_contact >= UNTOLD_S:
         spent = status.spent if status.spent != attempt.spent else None
         notes = slow_rank(attempt, progress)
         yield NoteProgress(*key, progress if changed else None, status.offset, spent, notes)
@@ -121,7 +123,8 @@ def _silent(
     alive = {node.id for node in facts.nodes}
     gone = [share.node for share in attempt.run.nodes if share.node not in alive]
     if attempt.state == AttemptState.LOST:
-        if silence > attempt.run.leash_s + policy.leash_margin and not status.news:
+        # Its agent may have been heard since the last contact that is stored.
+        if silence > UNTOLD_S + attempt.run.leash_s + policy.leash_margin and not status.news:
             yield _end(job, attempt, Verdict(Outcome.NODE_LOST, None), None, facts, now)
     elif gone or silence > SILENCE_S:
         wait = attempt.run.leash_s + policy.leash_margin
@@ -186,6 +189,8 @@ def _goes_on(
     left = restarts_left(outcome, failed_by, retry.max_restarts, retry.restarts)
     if treatment.again and left >= 0:
         wait, avoid = back_off(failed_by.total(), treatment), failed_on(attempt, verdict, treatment)
+        if status is None or not status.seen:
+            wait = max(wait, LEAVING_S)
         when = f"in {wait:.0f} s" if wait else "at once"
         where = ", on other nodes if they will do" if avoid else ""
         reason = Reason(

@@ -14,6 +14,7 @@ from tests.yards import a_yard, kill, until
 STEPS = 700
 
 
+@pytest.mark.slow
 def test_a_training_that_is_paused_and_killed_is_accounted_for(tmp_path: Path) -> None:
     prices = {"prices": '{"cpu": 3600}', "currency": "EUR"}
     with a_yard("--executor", "local", cpu_slots="4", **prices) as yard:

@@ -58,6 +58,7 @@ def test_the_rank_that_keeps_the_others_waiting_is_named(tmp_path: Path, victim:
     assert "backward" in texts[0]
 
 
+@pytest.mark.slow
 def test_a_rank_that_all_others_wait_for_is_named(tmp_path: Path) -> None:
     victim = Victim(rank=1, step=2, how="slow")
     ended = carried_out(tmp_path, a_job(tmp_path, steps=40), **{ENV_VICTIM: json.dumps(asdict(victim))})

@@ -37,6 +37,7 @@ def a_home(folder: Path, **keys: Any) -> Yard:
     return yard
 
 
+@pytest.mark.slow
 def test_two_processes_give_bitwise_the_same_weights(tmp_path: Path) -> None:
     """ZeRO-2, with a last micro-batch that one rank has and the other has not."""
     secret = {"A_KEY": {"from_env": "HIDDEN"}, "PLAIN": "hush-hush"}

@@ -102,7 +102,13 @@ def losses(ended: dict[int, RankExit]) -> tuple[float, ...]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "size", "cold"), [("single", 1, True), ("ddp", 2, False), ("zero2", 2, True), ("zero3", 2, False)]
+    ("engine", "size", "cold"),
+    [
+        ("single", 1, True),
+        ("ddp", 2, False),
+        pytest.param("zero2", 2, True, marks=pytest.mark.slow),
+        ("zero3", 2, False),
+    ],
 )
 def test_stops_leave_no_trace(world: Path, tmp_path: Path, engine: str, size: int, cold: bool) -> None:
     """In mid-epoch and at an epoch's end, with dropout: losses and weights are bitwise those without the stops."""

@@ -213,7 +213,7 @@ def test_a_standby_ends_with_its_agent_and_the_attempt_does_not(long: RunContrac
     assert RankExit.model_validate_json(files.exit(0).read_bytes()).code in (ExitCode.LEASH_EXPIRED, ExitCode.STOPPED)
 
 
-@pytest.mark.parametrize("executor", ["ray", "local"])
+@pytest.mark.parametrize("executor", ["ray", pytest.param("local", marks=pytest.mark.slow)])
 def test_a_yard_starts_attempts_by_them(tmp_path: Path, executor: str) -> None:
     """And shows how many there are, and what they hold."""
     world = tmp_path / "world"

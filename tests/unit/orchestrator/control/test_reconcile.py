@@ -35,6 +35,7 @@ from orchestrator.control.actions import (
     StartAttempt,
 )
 from orchestrator.control.facts import Facts, Policy, State
+from orchestrator.control.reconcile import LEAVING_S, UNTOLD_S
 from orchestrator.job.checkpoint import LastCheckpoint
 from orchestrator.job.lifecycle import (
     AttemptState,
@@ -269,7 +270,7 @@ def test_a_node_lost_while_pausing_leaves_it_paused() -> None:
     attempt = an_attempt(AttemptState.LOST, last_contact=NOW, stop=PAUSING)
     job = running(pause_requested=True).model_copy(update={"state": JobState.STOPPING})
     gone = a_report(reachable=False)
-    end = actions_for(job, attempt, gone, nodes=(), now=NOW + 12.1)[-1]
+    end = actions_for(job, attempt, gone, nodes=(), now=NOW + 20)[-1]
     assert (end.outcome, end.job_state) == (Outcome.NODE_LOST, JobState.PAUSED)
 
 
@@ -558,8 +559,9 @@ def test_a_node_that_is_gone_loses_the_attempt_until_the_leash_has_surely_ended_
     assert isinstance(lost, MarkLost)
     assert lost.reason.code == ReasonCode.OLD_ATTEMPT_ENDING
     attempt = an_attempt(AttemptState.LOST, last_contact=NOW)
-    assert actions_for(running(), attempt, silent, nodes=(), now=NOW + 12) == []
-    (end,) = actions_for(running(), attempt, silent, nodes=(), now=NOW + 12.1)
+    assert actions_for(running(), attempt, silent, nodes=(), now=NOW + 12 + UNTOLD_S) == []
+    (end,) = actions_for(running(), attempt, silent, nodes=(), now=NOW + 12.1 + UNTOLD_S)
+    assert end.not_before == NOW + 12.1 + UNTOLD_S + LEAVING_S
     assert end.outcome == Outcome.NODE_LOST
     assert end.job_state == JobState.QUEUED
 
@@ -567,7 +569,9 @@ def test_a_node_that_is_gone_loses_the_attempt_until_the_leash_has_surely_ended_
 def test_a_lost_attempt_whose_ranks_all_said_how_they_ended_need_not_be_waited_for() -> None:
     told = a_report(reachable=False, ended=True, exits=tuple(an_exit(r, ExitCode.LEASH_EXPIRED) for r in (0, 1)))
     (end,) = actions_for(running(), an_attempt(AttemptState.LOST, last_contact=NOW - 1), told, nodes=())
-    assert end.outcome == Outcome.NODE_LOST
+    assert (end.outcome, end.not_before) == (Outcome.NODE_LOST, NOW + LEAVING_S), "a word is there before the end"
+    (end,) = actions_for(running(), an_attempt(), told.model_copy(update={"reachable": True}))
+    assert end.not_before == NOW, "its agent has seen them gone"
 
 
 def test_no_new_attempt_while_an_old_one_may_live() -> None:
