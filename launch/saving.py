@@ -317,7 +317,8 @@ class Saving:
 
     def let_finish(self) -> None:
         """Give what is being written a little time to be committed, whatever it is that ends this rank."""
-        self._checkpoints.let_finish(LAST_MINUTE_S)
+        if not self._checkpoints.let_finish(LAST_MINUTE_S):
+            self._saved_at = None
         self.tell()
 
     def tell(self) -> None:

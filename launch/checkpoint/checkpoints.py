@@ -209,11 +209,17 @@ class Checkpoints:
             kind = Superseded if note.code == Superseded.code else CheckpointError
             raise kind(note.message or "", code=note.code, field="checkpoint.directory", hint=note.hint)
 
-    def let_finish(self, seconds: float) -> None:
-        """Wait for the last save, but no longer, and without a word if it fails: something else has gone wrong."""
-        if self._pending is not None:
-            self._pace.hurry.set()
-            futures.wait([self._pending], timeout=seconds)
+    def let_finish(self, seconds: float) -> bool:
+        """Wait for the last save, but no longer, and without a word if it fails: something else has gone wrong.
+        Returns whether it has come to an end of its own: not if a peer is gone without which it cannot."""
+        if self._pending is None:
+            return True
+        self._pace.hurry.set()
+        futures.wait([self._pending], timeout=seconds)
+        if self._pending.done() and self._pending.exception() is None:
+            return True
+        self._pending = None
+        return False
 
     def failed(self) -> bool:
         """Whether the last save has ended in a way that ends the training; the ranks must agree on it to call
