@@ -45,21 +45,23 @@ class Forks:
 class Here:
     """An executor whose node agents are turns of the test's own loop; ranks run `tests.victims` in place of launch."""
 
-    def __init__(self, nodes: int = 1, memory_bytes: int | None = None, **environment: str) -> None:
+    def __init__(
+        self, nodes: int = 1, memory_bytes: int | None = None, slots: int | None = None, **environment: str
+    ) -> None:
         self._nodes, self._environment = nodes, {"HF_HUB_OFFLINE": "1", **environment}
+        self._slots = slots or (4 if nodes == 1 else 1)
         self._memory_bytes = memory_bytes
         self._members: dict[tuple[str, int], Member] = {}
 
     def nodes(self) -> list[Node]:
         cores = os.cpu_count() or 1
-        slots = 4 if self._nodes == 1 else 1
         return [
             Node(
                 id=f"n{index}",
                 name=f"n{index}",
                 address="127.0.0.1",
                 cores=cores,
-                cpu_slots=slots,
+                cpu_slots=self._slots,
                 memory_bytes=self._memory_bytes,
             )
             for index in range(self._nodes)

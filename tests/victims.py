@@ -1,6 +1,7 @@
 """`python -m tests.victims`: launch, where ranks run out of memory, truly or as they are told to, or do not move on.
 
-VICTIM is a Victim as JSON; without it nothing is done. CGROUP is a cgroup of memory that every rank moves into.
+VICTIM is a Victim as JSON; without it nothing is done. CGROUP is a cgroup of memory that every rank moves into. SLOW
+has seconds by phase: every rank takes so much longer when it is in that phase for the first time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ENV_VICTIM, ENV_CGROUP = "VICTIM", "CGROUP"
+ENV_VICTIM, ENV_CGROUP, ENV_SLOW = "VICTIM", "CGROUP", "SLOW"
 SLOW_S = 0.2
 
 
@@ -99,11 +100,26 @@ def _in_copy(victim: Victim) -> None:
     Source.manifest = unwritten
 
 
+def make_slow(seconds: dict[str, float]) -> None:
+    """Change the program of this process, so that a phase takes longer once."""
+    from launch.pulse import Pulse
+
+    enter = Pulse.enter
+
+    def slowly(pulse: Pulse, phase: str, *arguments: Any, **options: Any) -> None:
+        enter(pulse, phase, *arguments, **options)
+        time.sleep(seconds.pop(phase, 0.0))
+
+    Pulse.enter = slowly  # type: ignore[method-assign]
+
+
 def main() -> None:
     if os.environ.get(ENV_CGROUP):
         Path(os.environ[ENV_CGROUP], "cgroup.procs").write_text(str(os.getpid()))
     if os.environ.get(ENV_VICTIM):
         install(Victim(**json.loads(os.environ[ENV_VICTIM])))
+    if os.environ.get(ENV_SLOW):
+        make_slow(json.loads(os.environ[ENV_SLOW]))
     from launch.__main__ import main
 
     main()

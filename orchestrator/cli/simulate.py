@@ -78,6 +78,7 @@ def simulate(
     checkpoint_every: str | None = typer.Option(None, "--checkpoint-every", help="Time between two commits of a job."),
     mtbf: str | None = typer.Option(None, "--mtbf", help="Mean time between two failures of a node, such as 30d."),
     repair: str = typer.Option("1h", "--repair", help="How long a node that failed is gone."),
+    failures: Path | None = typer.Option(None, "--failures", help="A file of failures at known times."),
     speedup: float = typer.Option(0.9, "--speedup", min=0, max=1, help="Elastic jobs: speed is ranks to this power."),
     oracle: bool = typer.Option(False, "--oracle", help="Let policies know how long jobs will run."),
     queues: Path | None = typer.Option(
@@ -94,7 +95,7 @@ def simulate(
     What if we buy 8 nodes, or change a quota: run it twice. `--set rules.FIELD=VALUE` changes the scheduler's numbers.
     """
     from orchestrator.schedule.gang import Rules
-    from orchestrator.simulate.conditions import Conditions, read_queues, with_overrides
+    from orchestrator.simulate.conditions import Conditions, read_failures, read_queues, with_overrides
     from orchestrator.simulate.engine import simulate as run
     from orchestrator.simulate.peers import POLICIES
     from orchestrator.simulate.plot import check_plot
@@ -118,7 +119,11 @@ def simulate(
     shares = read_queues(queues) if queues is not None else ()
     there = _nodes(nodes, gpus, cluster)
     workload = _workload(trace, generate, kind, there, seed)
-    conditions = dataclasses.replace(conditions, forecast_every=max(1, len(workload.jobs) // FORECASTS))
+    conditions = dataclasses.replace(
+        conditions,
+        forecast_every=max(1, len(workload.jobs) // FORECASTS),
+        failures=read_failures(failures, there) if failures is not None else (),
+    )
     for reason, count in workload.skipped.items():
         err.print(f"left out: {count:,} jobs: {reason}")
     outcomes = []
@@ -202,7 +207,10 @@ def _as_json(
         "workload": workload.source,
         "skipped": dict(workload.skipped),
         "placement": placement.value,
-        "conditions": dataclasses.asdict(conditions),
+        "conditions": {
+            **dataclasses.asdict(conditions),
+            "failures": [failure.model_dump() for failure in conditions.failures],
+        },
     }
     if len(reports) == 1:
         return reports[0].as_json() | common
@@ -235,6 +243,7 @@ ROWS: tuple[tuple[str, Callable[[Report], float | None], Callable[[float], str]]
     ("most of one job", lambda one: one.max_preemptions_of_a_job, _count),
     ("resizes", lambda one: one.resizes, _count),
     ("nodes lost", lambda one: one.failures, _count),
+    ("goodput", lambda one: one.goodput, _share),
     ("lost, GPU-hours", lambda one: one.lost_gpu_s / 3600, _count),
     ("error of forecasts", lambda one: one.eta_mape, _share),
     ("simulated in, s", lambda one: one.wall_s, lambda seconds: f"{seconds:.1f}"),

@@ -27,6 +27,7 @@ class Happening:
     number: int
     """Of the job, or of the node."""
     attempt: int = 0
+    """Of the job; of a node, which of the known failures."""
 
 
 class Clock:

@@ -21,6 +21,17 @@ from orchestrator.errors import SpecError
 from orchestrator.schedule.gang import HOUR_S, Queue, Rules
 
 
+class Failure(Section):
+    """A node fails, and takes its attempts along."""
+
+    at_s: float = Field(ge=0)
+    """After the first submission."""
+    node: int | str
+    """Its number, from 0, or its name."""
+    repair_s: float | None = Field(None, ge=0)
+    """Until it is back; Conditions.repair_s if not given. What dies alone and is started again: 0."""
+
+
 @dataclass(frozen=True)
 class Conditions:
     """Seconds."""
@@ -35,6 +46,8 @@ class Conditions:
     """Mean time between two failures of one node, exponential; None: none fails. Work since the last commit is lost."""
     repair_s: float = HOUR_S
     """From a node's failure to its return."""
+    failures: tuple[Failure, ...] = ()
+    """That happen at known times, beside those that are drawn."""
     speedup: float = 0.9
     """An elastic job on n ranks instead of num_gpus is (n / num_gpus) to this power as fast; 1 is perfect scaling."""
     seed: int = 0
@@ -99,6 +112,37 @@ def read_queues(path: Path) -> tuple[Queue, ...]:
     """Raises SpecErrors, SpecError."""
     named = validate(QueuesFile, read_document(path)).queues
     return tuple(Queue(name, **spec.model_dump()) for name, spec in named.items())
+
+
+# A file of failures.
+
+
+class FailuresFile(Section):
+    """Failures that are known: of a record, or of a question."""
+
+    failures: tuple[Failure, ...]
+
+
+def read_failures(path: Path, nodes: Sequence[Node]) -> tuple[Failure, ...]:
+    """Those in a file, for these nodes. Raises SpecErrors, SpecError."""
+    failures = validate(FailuresFile, read_document(path)).failures
+    for index, failure in enumerate(failures):
+        if number_of(failure, nodes) is None:
+            raise SpecError(
+                f"there is no node {failure.node}",
+                code="no-such-node",
+                field=f"failures[{index}].node",
+                file=path,
+                hint=f"a number from 0 to {len(nodes) - 1}, or a name such as {nodes[0].name}",
+            )
+    return failures
+
+
+def number_of(failure: Failure, nodes: Sequence[Node]) -> int | None:
+    """The number of the node that fails; None if there is no such node."""
+    if isinstance(failure.node, int):
+        return failure.node if 0 <= failure.node < len(nodes) else None
+    return next((number for number, node in enumerate(nodes) if node.name == failure.node), None)
 
 
 # The policy's numbers.

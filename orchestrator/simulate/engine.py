@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +15,7 @@ from orchestrator.schedule.gang import Decisions, Gang, Held, Queue, Rules, Star
 from orchestrator.schedule.history import Ran
 from orchestrator.schedule.yard import Yard
 from orchestrator.simulate.clock import Clock, Happening, Kind
-from orchestrator.simulate.conditions import Conditions, accelerator_of
+from orchestrator.simulate.conditions import Conditions, accelerator_of, number_of
 from orchestrator.simulate.errors import StuckError, UnsettledError
 from orchestrator.simulate.life import Life
 from orchestrator.simulate.meter import Meter
@@ -95,7 +96,7 @@ class _Engine:
         self.conditions = conditions
         self.forecast = forecast
         self.nodes = tuple(nodes)
-        self.down: set[int] = set()
+        self.down: Counter[int] = Counter()
         self.yard = Yard(nodes, queues=queues, rules=rules)
         self.accelerator = accelerator_of(nodes)
         check_fits(workload, self.yard.idle, self.accelerator, consolidate=rules.consolidate, elastic=policy.elastic)
@@ -119,6 +120,10 @@ class _Engine:
             self.clock.at(job.submit_s, Kind.SUBMIT, number)
         for number in range(len(self.nodes)):
             self._fails_next(number, begin)
+        for index, failure in enumerate(conditions.failures):
+            failing = number_of(failure, self.nodes)
+            assert failing is not None, failure
+            self.clock.at(begin + failure.at_s, Kind.FAIL, failing, 1 + index)
 
     def run(self) -> Outcome:
         began, computed = time.perf_counter(), time.process_time()
@@ -152,7 +157,7 @@ class _Engine:
             self.fresh.append(self.jobs[one.number].job_id)
             return True
         if one.kind is Kind.FAIL or one.kind is Kind.RETURN:
-            self._node(one.number, one.at, back=one.kind is Kind.RETURN)
+            self._node(one.number, one.at, one.attempt, back=one.kind is Kind.RETURN)
             return True
         life = self.lives[one.number]
         attempt = life.attempt
@@ -211,18 +216,21 @@ class _Engine:
         if self.conditions.checkpoint_s is not None:
             self.clock.at(saved_at + self.conditions.checkpoint_s, Kind.SAVED, number, attempt)
 
-    def _node(self, number: int, now: float, *, back: bool) -> None:
+    def _node(self, number: int, now: float, known: int, *, back: bool) -> None:
+        """`known` is 0 for a failure that was drawn, else that of the conditions, from 1."""
         if back:
-            self.down.discard(number)
-            self._fails_next(number, now)
+            self.down[number] -= 1
+            if not known:
+                self._fails_next(number, now)
         else:
-            self.down.add(number)
-            self.clock.at(now + self.conditions.repair_s, Kind.RETURN, number)
+            self.down[number] += 1
+            own_s = self.conditions.failures[known - 1].repair_s if known else None
+            self.clock.at(now + (self.conditions.repair_s if own_s is None else own_s), Kind.RETURN, number, known)
             gone = self.nodes[number].id
             for held in tuple(self.yard.running.values()):
                 if any(share.node == gone for share in held.placement.shares):
                     self._lose(held, now)
-        self.yard.set_nodes(node for index, node in enumerate(self.nodes) if index not in self.down)
+        self.yard.set_nodes(node for index, node in enumerate(self.nodes) if not self.down[index])
         self.slots = self._slots(self.yard.capacity)
 
     def _lose(self, held: Held, now: float) -> None:
@@ -275,7 +283,7 @@ class _Engine:
         )
 
     def _wake(self, decided: Decisions, now: float) -> float:
-        idle = self.yard.waiting and not (self.yard.running or self.to_come or self.down)
+        idle = self.yard.waiting and not (self.yard.running or self.to_come or self.down.total())
         self.idle = self.idle + 1 if idle else 0
         if self.idle > MOST_IDLE or (idle and decided.next_at is None):
             raise self._stuck(decided)

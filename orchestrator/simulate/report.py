@@ -75,6 +75,9 @@ class Report:
     lost_to_preemption_gpu_s: float
     lost_to_failures_gpu_s: float
     lost_to_startup_gpu_s: float
+    goodput: float
+    """Work that was asked for, of GPU-seconds held: 1 where nothing was done twice and starting takes no time. Elastic
+    jobs count on `num_gpus`."""
     eta_mape: float | None
     """Forecasts of a start: mean of |expected − true| / max(true wait, 60 s); None where none was made."""
     eta_in_band: float | None
@@ -128,6 +131,7 @@ def report(outcome: Outcome) -> Report:
         lost_to_preemption_gpu_s=lost[0],
         lost_to_failures_gpu_s=lost[1],
         lost_to_startup_gpu_s=lost[2],
+        goodput=math.fsum(life.job.duration_s * life.job.num_gpus for life in lives) / meter.used_s,
         eta_mape=mape,
         eta_in_band=in_band,
         eta_asked=len(outcome.told) + outcome.untold,

@@ -152,3 +152,18 @@ def test_what_can_never_start_ends_with_one_sentence(simulate: Run, tmp_path: Pa
     assert status == 1
     assert json.loads(out)["errors"][0]["code"] == "stuck"
     assert "queue x holds 0 of at most 1" in err
+
+
+def test_failures_of_a_file(simulate: Run, tmp_path: Path) -> None:
+    path = tmp_path / "failures.yaml"
+    path.write_text("failures:\n  - {at_s: 50, node: 0, repair_s: 5}\n")
+    common = ("--trace", FOUR, "--nodes", "1", "--gpus-per-node", "4", "--policy", "fifo", "--failures", path)
+    found = told(simulate(*common, "-o", "json"))
+    assert found["failures"] >= 1
+    assert found["goodput"] < 1
+    assert found["conditions"]["failures"] == [{"at_s": 50, "node": 0, "repair_s": 5}]
+    path.write_text("failures:\n  - {at_s: 50, node: n7}\n")
+    status, _, err = simulate(*common)
+    assert status != 0
+    assert "there is no node n7" in err
+    assert "failures[0].node" in err

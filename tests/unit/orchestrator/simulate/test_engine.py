@@ -20,7 +20,7 @@ from orchestrator.schedule.gang import Decisions, Gang, Held, Queue, Rules, Star
 from orchestrator.schedule.history import History, Ran
 from orchestrator.schedule.place import place
 from orchestrator.schedule.yard import Yard
-from orchestrator.simulate.conditions import Conditions, alike_nodes
+from orchestrator.simulate.conditions import Conditions, Failure, alike_nodes
 from orchestrator.simulate.engine import Outcome, simulate
 from orchestrator.simulate.errors import StuckError, UnsettledError
 from orchestrator.simulate.life import Attempt, Life
@@ -211,6 +211,19 @@ def test_a_failure_loses_exactly_the_work_since_the_last_commit(every: float | N
     assert found.lost_to_failures_gpu_s == pytest.approx(2 * lost)
     assert found.failures == life.failures
     assert outcome.meter.all_s < 2 * found.makespan_s  # the node was not always there
+
+
+def test_failures_at_known_times() -> None:
+    """Of 100 s of work, committed every 10 s: 5 s are done again after the first failure, and 2 s after the second."""
+    failures = (Failure(at_s=35, node=0, repair_s=1), Failure(at_s=60, node="n00000", repair_s=0))
+    conditions = Conditions(startup_s=0, checkpoint_s=10, failures=failures)
+    outcome = simulate(alike_nodes(1, 2), a_workload(a_job("a", 0, 100, 2)), POLICIES["fifo"](), conditions)
+    (life,) = outcome.lives
+    assert [attempt.until for attempt in life.attempts] == [35, 60, 110]
+    assert [attempt.since for attempt in life.attempts] == [0, 36, 60]
+    found = report(outcome)
+    assert (found.failures, found.makespan_s) == (2, 110)
+    assert found.goodput == pytest.approx(100 / 109)
 
 
 def test_what_fails_is_a_matter_of_the_seed_alone() -> None:
