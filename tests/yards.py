@@ -20,7 +20,7 @@ from launch.attempt import ENV_RUN_ID, AttemptFiles
 from launch.token_cache import ENV_CACHE
 from orchestrator.execute.processes import carrying, end_all
 from orchestrator.settings import Settings
-from orchestrator.yard import ENV_YARD, YardRecord, environment, read_yard
+from orchestrator.yard.record import ENV_YARD, YardRecord, environment, read_yard
 
 PATIENCE = 120.0
 

@@ -16,6 +16,7 @@ from orchestrator.cli import (
     init,
     logs,
     ls,
+    node,
     nodes,
     pause,
     plan,
@@ -82,6 +83,7 @@ checkpoint.app.command("import")(weights.import_)
 checkpoint.app.command("diff")(weights.diff)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("nodes")(nodes.nodes)
+app.add_typer(node.app, name="node")
 app.command("queue")(queue.queue)
 app.command("why")(queue.why)
 app.command("goodput")(goodput.goodput)

@@ -24,8 +24,8 @@ def up(
     What already runs is kept, so this also starts again what has died: nodes, Ray's head, the controller.
     """
     from orchestrator.settings import Settings
-    from orchestrator.yard import as_json
-    from orchestrator.yard import up as start
+    from orchestrator.yard.home import up as start
+    from orchestrator.yard.record import as_json
 
     settings = Settings()
     with err.status("starting the yard"):
@@ -43,7 +43,7 @@ def down(
 ) -> None:
     """End the yard's processes. The database, logs, checkpoints and models stay."""
     from orchestrator.settings import Settings
-    from orchestrator.yard import down as end
+    from orchestrator.yard.home import down as end
 
     settings = Settings()
     record = end(settings, force=force)

@@ -6,7 +6,7 @@ import os
 
 from orchestrator.client import Client
 from orchestrator.settings import Settings
-from orchestrator.yard import connect
+from orchestrator.yard.home import connect
 
 ENV_URL = "TUNEYARD_URL"
 
