@@ -51,9 +51,8 @@ def join(
     if output == Format.JSON:
         print_json(record.model_dump(mode="json"))
         return
-    out.print(
-        f"{record.name} ({record.address}) is a node of {record.url}; its log is {joined.log_file(settings, 'node')}"
-    )
+    log = settings.root / "logs" / "node.log"
+    out.print(f"{record.name} ({record.address}) is a node of {record.url}; its log is {log}")
     if not joined.sees_home(settings, record):
         out.print(
             "→ [yellow]this machine does not see the yard's directory[/yellow]: jobs that run here need models, data "
