@@ -29,6 +29,7 @@ from orchestrator.cli import (
     schema,
     simulate,
     submit,
+    unit,
     up,
     wait,
     weights,
@@ -67,6 +68,7 @@ app.command("run")(run.run)
 app.command("reproduce")(reproduce.reproduce)
 app.command("up")(up.up)
 app.command("down")(up.down)
+app.command("unit")(unit.unit)
 app.command("submit")(submit.submit)
 app.command("ls")(ls.ls)
 app.command("describe")(describe.describe)

@@ -31,7 +31,7 @@ def let_join(guarded: APIRouter, controller: Controller, head: str | None) -> No
                 "this yard runs without Ray, on one machine", code="no-ray", hint="`tuneyard up` without --executor"
             )
         asker = request.client.host if request.client is not None else "127.0.0.1"
-        if _is_loopback(head.rpartition(":")[0]) and not _is_loopback(asker):
+        if is_loopback(head.rpartition(":")[0]) and not is_loopback(asker):
             raise ConflictError(
                 f"the yard's Ray listens on {head}, which no other machine reaches",
                 code="loopback",
@@ -59,7 +59,8 @@ def _ray_token() -> str | None:
     return Path(path).read_text().strip() if path else os.environ.get("RAY_AUTH_TOKEN")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

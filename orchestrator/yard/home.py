@@ -9,6 +9,8 @@ import secrets
 import shutil
 import signal
 import sys
+import time
+from collections.abc import Callable, Sequence
 
 import psutil
 
@@ -18,6 +20,7 @@ from orchestrator.errors import ConflictError, TuneyardError, YardError
 from orchestrator.execute.local import free_port
 from orchestrator.execute.processes import end_all
 from orchestrator.job.lifecycle import JobState
+from orchestrator.serve.joining import is_loopback
 from orchestrator.serve.secret import ensure_token
 from orchestrator.settings import Settings
 from orchestrator.yard.nodes import forget, mend_ray, start_ray
@@ -33,8 +36,11 @@ from orchestrator.yard.record import (
     spawn,
     wait_until,
 )
+from orchestrator.yard.remote import Remote, on_all
 
 STOP_S = 10.0
+KEEP_S = 2.0
+"""How often a yard that is kept up is looked at."""
 NODE_RETRIES = 3
 
 
@@ -67,13 +73,53 @@ def is_up(settings: Settings, record: YardRecord | None) -> bool:
         return False
 
 
-def up(settings: Settings, nodes: int, executor: str) -> YardRecord:
+def up(
+    settings: Settings, nodes: int, executor: str, remotes: Sequence[Remote] = (), *, new_controller: bool = False
+) -> YardRecord:
     """Bring the yard up; what already runs is kept, so that this also starts again what has died of it, with as many
-    nodes and the executor that the yard was made with.
+    nodes and the executor that the yard was made with. `remotes` join it, and those of before whose nodes are gone.
+    With `new_controller` the controller is another one, of the code that is installed now; attempts go on.
 
     Raises:
-        YardError: something did not start; its log is named.
+        YardError: something did not start; its log is named. Or a machine could not join; the others have.
     """
+    if remotes:
+        _check_reach(settings, executor)
+    before = read_yard(settings)
+    if new_controller and before is not None:
+        _end_controller(before)
+    record = _up_here(settings, nodes, executor)
+    known = {remote.host: remote for remote in (*record.remotes, *remotes)}
+    if known:
+        record = record.model_copy(update={"remotes": tuple(known.values())})
+        save(settings, record)
+        _join(settings, record)
+    return record
+
+
+def _check_reach(settings: Settings, executor: str) -> None:
+    if executor != "ray":
+        raise YardError("without Ray a yard has one machine", code="no-ray", field="hosts", hint="leave --executor out")
+    if is_loopback(settings.host):
+        raise YardError(
+            f"other machines do not reach {settings.host}",
+            code="loopback",
+            field="hosts",
+            hint="set TUNEYARD_HOST to this machine's address; of a yard that is up, after `tuneyard down`",
+        )
+
+
+def _join(settings: Settings, record: YardRecord) -> None:
+    with connect(settings) as client:
+        there = {node.name for node in client.nodes()}
+    away = [remote for remote in record.remotes if remote.host not in there]
+    token = ensure_token(settings)
+    failed = on_all(away, lambda remote: remote.join(record.url, token))
+    if failed:
+        raise failed[0]
+
+
+def _up_here(settings: Settings, nodes: int, executor: str) -> YardRecord:
     record = read_yard(settings)
     if record is not None and record.whole and is_up(settings, record):
         return record
@@ -99,7 +145,8 @@ def down(settings: Settings, *, force: bool) -> YardRecord | None:
 
     Raises:
         ConflictError: jobs are live and `force` is not given.
-        YardError: a process could not be ended.
+        YardError: a process could not be ended; or a machine that was joined by ssh could not be told to leave, when
+            all else has ended.
     """
     record = read_yard(settings)
     if record is None:
@@ -113,9 +160,7 @@ def down(settings: Settings, *, force: bool) -> YardRecord | None:
                 code="jobs-live",
                 hint="wait for them, cancel them, or `tuneyard down --force`: they start again with the next `up`",
             )
-    if record.controller is not None and record.controller.alive:
-        psutil.Process(record.controller.pid).send_signal(signal.SIGTERM)
-        wait_until(lambda: not (record.controller and record.controller.alive), STOP_S)
+    _end_controller(record)
     left = end_all(ENV_YARD, record.id)
     if left:
         raise YardError(f"processes {left} could not be ended", code="not-ended", hint="look at them with `ps`")
@@ -123,8 +168,34 @@ def down(settings: Settings, *, force: bool) -> YardRecord | None:
         shutil.rmtree(record.ray_dir, ignore_errors=True)
     if record.redis is not None:
         forget(record.redis, record.id)
+    failed = on_all(record.remotes, lambda remote: remote.leave())
     (settings.root / FILE).unlink(missing_ok=True)
+    if failed:
+        raise failed[0]
     return record
+
+
+def keep_up(settings: Settings, record: YardRecord, until: Callable[[], bool]) -> None:
+    """Start again what dies, until `until`; what runs goes on afterwards. What cannot be started is tried again."""
+    while not until():
+        try:
+            if read_yard(settings) is None:
+                return  # `tuneyard down`
+            record = up(settings, len(record.ray) or 1, record.executor)
+        except TuneyardError as problem:
+            print(f"not up again: {problem}", flush=True)
+        deadline = time.monotonic() + KEEP_S
+        while not until() and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def _end_controller(record: YardRecord) -> None:
+    controller = record.controller
+    if controller is not None and controller.alive:
+        psutil.Process(controller.pid).send_signal(signal.SIGTERM)
+        wait_until(lambda: not controller.alive, STOP_S)
+        if controller.alive:
+            psutil.Process(controller.pid).kill()
 
 
 def _url(settings: Settings) -> str:

@@ -26,6 +26,7 @@ from launch.attempt import write_atomically
 from orchestrator.client import Client
 from orchestrator.cluster.model import NAME_LABEL, START_LABEL
 from orchestrator.errors import ConflictError, TuneyardError, YardError
+from orchestrator.execute.evacuate import evacuate
 from orchestrator.execute.processes import carrying, end_all
 from orchestrator.serve.joining import versions
 from orchestrator.serve.secret import RAY_TOKEN
@@ -45,6 +46,8 @@ LASTED_S = 60.0
 """A node that was up for so long did start."""
 EMPTY_S = 900.0
 LOOK_S = 1.0
+GRACE_S = 120.0
+"""What runs here may take so long to save."""
 
 
 class NodeRecord(BaseModel):
@@ -92,16 +95,19 @@ def prepare(
     Raises:
         YardError: no yard answers, or it runs other versions.
         UnauthorizedError: the token is not the yard's.
-        ConflictError: this home is a node already, or the yard takes none.
+        ConflictError: this home is a node of another yard already, or the yard takes none.
     """
     before = NodeRecord.read(settings)
-    if before is not None and before.alive:
+    if before is not None and before.alive and before.url != url:
         raise ConflictError(
             f"this machine is a node of {before.url} already", code="joined", hint="`tuneyard node leave` first"
         )
     with Client(url, token) as client:
         told = client.joining()
     _check_versions(told)
+    if before is not None and before.alive:
+        _keep_secret(settings.root / YARD_TOKEN, token)
+        return before
     record = NodeRecord(
         id=secrets.token_hex(6),
         url=url,
@@ -116,7 +122,22 @@ def prepare(
 
 
 def join(settings: Settings, record: NodeRecord) -> NodeRecord:
-    """Start the keeper, and return once the yard has the node. Raises YardError: it did not get there; see its log."""
+    """Start the keeper, if it does not live, and return once the yard has the node. Raises YardError: it did not get
+    there; see its log."""
+    if record.keeper is None or not record.keeper.alive:
+        record = _with_keeper(settings, record)
+
+    def there() -> bool:
+        with contextlib.suppress(TuneyardError), _client(settings, record) as client:
+            return any(node.name == record.name for node in client.nodes())
+        return False
+
+    assert record.keeper is not None
+    await_ready(settings, record.keeper, "the node", there)
+    return record
+
+
+def _with_keeper(settings: Settings, record: NodeRecord) -> NodeRecord:
     path = log_file(settings, LOG)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as log:
@@ -128,13 +149,6 @@ def join(settings: Settings, record: NodeRecord) -> NodeRecord:
     keeper = Process(name=LOG, pid=child.pid, start_time=psutil.Process(child.pid).create_time())
     record = record.model_copy(update={"keeper": keeper})
     record.save(settings)
-
-    def there() -> bool:
-        with contextlib.suppress(TuneyardError), _client(settings, record) as client:
-            return any(node.name == record.name for node in client.nodes())
-        return False
-
-    await_ready(settings, keeper, "the node", there)
     return record
 
 
@@ -150,14 +164,13 @@ def leave(settings: Settings, *, force: bool) -> NodeRecord | None:
     if not force:
         _empty(settings, record)
     if record.keeper is not None and record.keeper.alive:
-        psutil.Process(record.keeper.pid).send_signal(signal.SIGTERM)
+        psutil.Process(record.keeper.pid).send_signal(signal.SIGINT if force else signal.SIGTERM)
         wait_until(lambda: not record.alive, 2 * LEAVE_S)
     left = end_all(ENV_NODE, record.id)
     if left:
         raise YardError(f"processes {left} could not be ended", code="not-ended", hint="look at them with `ps`")
     if not force:
-        with contextlib.suppress(TuneyardError), _client(settings, record) as client:
-            client.uncordon(record.name)  # it comes back as any other
+        _uncordon(settings, record)
     for name in (FILE, YARD_TOKEN, RAY_TOKEN):
         (settings.root / name).unlink(missing_ok=True)
     return record
@@ -196,7 +209,7 @@ class Keeper:
     def __init__(self, settings: Settings, record: NodeRecord) -> None:
         self._settings, self._record = settings, record
         self._ended = False
-        self._child: subprocess.Popen[bytes] | None = None
+        self._grace_s = GRACE_S
 
     def run(self) -> None:
         """Until `end`. Raises what `prepare` raises, if the yard does not want the node before it was ever one."""
@@ -218,10 +231,10 @@ class Keeper:
             while not self._ended and time.monotonic() < deadline:
                 time.sleep(0.1)
 
-    def end(self, *_: object) -> None:
+    def end(self, number: int, *_: object) -> None:
+        """SIGTERM: what runs here saves first, and goes on elsewhere. SIGINT: at once."""
         self._ended = True
-        if self._child is not None:
-            self._child.terminate()
+        self._grace_s = GRACE_S if number == signal.SIGTERM else 0.0
 
     def _serve(self, told: JoinView) -> None:
         """One life of Ray here."""
@@ -235,17 +248,42 @@ class Keeper:
         argv = ray_start(self._settings, folder, labels)
         argv += [f"--address={told.head}", f"--node-ip-address={self._record.address}"]
         print(f"Ray begins as {self._record.name} ({self._record.address}), for the head at {told.head}", flush=True)
+        child = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+        marked = False
         try:
-            self._child = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
-            if self._ended:
-                self._child.terminate()
-            print(f"Ray has ended with status {self._child.wait()}", flush=True)
+            while child.poll() is None and not self._ended:
+                time.sleep(0.1)
+            if child.poll() is None:
+                marked = self._evacuate(Path(told.home))
+                child.terminate()
+            print(f"Ray has ended with status {child.wait()}", flush=True)
         finally:
-            self._child = None
             # Agents end their ranks and say so, which is quicker than to wait for the ranks' leash.
             wait_until(lambda: not _agents(self._record.id), LEAVE_S)
             end_all(ENV_NODE, self._record.id)
             shutil.rmtree(folder, ignore_errors=True)
+            if marked:
+                _uncordon(self._settings, self._record)
+
+    def _evacuate(self, home: Path) -> bool:
+        """Let what runs here save, and the yard send nothing more. Returns whether the node was marked for that."""
+        if not self._grace_s:
+            return False
+        marked = False
+        with contextlib.suppress(TuneyardError), _client(self._settings, self._record) as client:
+            name = self._record.name
+            if any(node.name == name and node.mark is None for node in client.nodes()):
+                client.mark_node(name, "cordon", "it ends")
+                marked = True
+        if not evacuate(home, self._grace_s):
+            print(f"not all ranks had saved after {self._grace_s:.0f} s", flush=True)
+        return marked
+
+
+def _uncordon(settings: Settings, record: NodeRecord) -> None:
+    """It comes back as any other."""
+    with contextlib.suppress(TuneyardError), _client(settings, record) as client:
+        client.uncordon(record.name)
 
 
 def _agents(node: str) -> list[psutil.Process]:

@@ -19,6 +19,7 @@ from orchestrator.execute.processes import is_alive
 from orchestrator.serve.joining import ENV_YARD as ENV_YARD
 from orchestrator.serve.secret import RAY_TOKEN
 from orchestrator.settings import Settings
+from orchestrator.yard.remote import Remote
 
 FILE = "yard.json"
 START_S = 120.0  # a loaded machine takes long over three raylets
@@ -60,6 +61,8 @@ class YardRecord(BaseModel):
     redis: str | None = None
     """Where Ray's head keeps what must outlive it: host:port."""
     controller: Process | None = None
+    remotes: tuple[Remote, ...] = ()
+    """Machines that were joined by ssh."""
 
     @property
     def whole(self) -> bool:
