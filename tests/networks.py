@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 SUBNET = "10.{}.{}"
 
@@ -73,6 +76,38 @@ def hosts(count: int) -> Iterator[list[Host]]:
         for host in made:
             _ip("netns", "delete", host.namespace)
         subprocess.run(["ip", "link", "delete", bridge], check=False)
+
+
+def sshd() -> str | None:
+    """The server's program, if there is one here."""
+    return shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+
+
+@contextmanager
+def an_ssh_server(host: Host, folder: Path) -> Iterator[list[str]]:
+    """One on `host` with keys of its own; the command that reaches it, but for the host's name."""
+    for name in ("server", "client"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+    config = folder / "sshd_config"
+    config.write_text(
+        f"Port 2222\nHostKey {folder}/server\nAuthorizedKeysFile {folder}/client.pub\nPidFile none\n"
+        "StrictModes no\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"
+    )
+    Path("/run/sshd").mkdir(exist_ok=True)  # where it takes away its own rights
+    program = sshd()
+    assert program is not None
+    server = subprocess.Popen([*host.prefix, program, "-D", "-e", "-f", str(config)], stderr=subprocess.DEVNULL)
+    known = ("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR")
+    command = ["ssh", "-o", "BatchMode=yes", *known, "-p", "2222", "-i", str(folder / "client")]
+    try:
+        deadline = time.monotonic() + 30
+        while subprocess.run([*command, host.address, "true"], capture_output=True, check=False).returncode != 0:
+            assert time.monotonic() < deadline, "the server does not answer"
+            time.sleep(0.2)
+        yield command
+    finally:
+        server.kill()
+        server.wait()
 
 
 def _ip(*words: str) -> None:

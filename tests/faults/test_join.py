@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import pytest
 
@@ -56,7 +60,7 @@ def test_machines_have_joined(world: World) -> None:
 
 
 @pytest.mark.parametrize(("words", "code"), [(("--token-file", "wrong"), "unauthorized"), ((), "no-token")])
-def test_a_wrong_token_is_refused(world: World, tmp_path: Any, words: tuple[str, ...], code: str) -> None:
+def test_a_wrong_token_is_refused(world: World, tmp_path: Path, words: tuple[str, ...], code: str) -> None:
     (tmp_path / "wrong").write_text("0" * 64)
     stranger = Yard(tmp_path / "home", world.hosts[1].prefix)
     words = tuple(str(tmp_path / word) if word == "wrong" else word for word in words)
@@ -115,7 +119,7 @@ def test_a_host_is_cut_off_and_comes_back(world: World) -> None:
     assert yard.json("wait", again)["state"] == "succeeded", "all three hosts take ranks"
 
 
-def test_joining_leaving_and_another_controller_in_mid_run_lose_nothing(world: World, tmp_path: Any) -> None:
+def test_joining_leaving_and_another_controller_in_mid_run_lose_nothing(world: World, tmp_path: Path) -> None:
     """A training's node leaves, and joins again as it goes on elsewhere; the controller is exchanged twice."""
     yard, leaver = world.yard, world.nodes[1]
     keys = {
@@ -156,3 +160,44 @@ def steps(yard: Yard, job: str, attempt: int) -> list[int]:
     """Those that an attempt's rank 0 has begun."""
     path = yard.files(job, attempt).samples(0)
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(networks.sshd() is None, reason="there is no sshd here (openssh-server)")
+def test_machines_are_joined_and_left_by_ssh(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    with networks.hosts(2) as (first, second), networks.an_ssh_server(second, tmp_path) as ssh:
+        remote = ["env", f"TUNEYARD_HOME={tmp_path}/far", f"PYTHONPATH={root}", sys.executable, "-m", "orchestrator"]
+        over = ("--hosts", second.address, "--ssh", shlex.join(ssh), "--remote-command", shlex.join(remote))
+        with a_yard(*over, prefix=first.prefix, host=first.address, cpu_slots="2") as yard:
+            assert names(yard) == {"node-0", second.address}
+            job = yard.submit(yard.ticker("wide", processes=len(yard.json("nodes")) + 1, ticks=5))
+            assert yard.json("wait", job)["state"] == "succeeded"
+            keeper = NodeRecord.read(Settings(home=tmp_path / "far"))
+            assert keeper is not None
+            assert keeper.alive
+            yard.run("up")
+            assert NodeRecord.read(Settings(home=tmp_path / "far")) == keeper, "who is there is left alone"
+        assert not keeper.alive
+        assert NodeRecord.read(Settings(home=tmp_path / "far")) is None
+
+
+def test_a_yard_on_loopback_takes_no_other_machines(tmp_path: Path) -> None:
+    done = Yard(tmp_path / "home").run("up", "--hosts", "n2", check=False)
+    assert done.returncode != 0
+    assert "TUNEYARD_HOST" in done.stderr
+    assert not (tmp_path / "home" / "yard.json").exists()
+
+
+@pytest.mark.parametrize("words", [(), ("--join", "http://10.0.0.1:8080")])
+def test_units_are_what_systemd_takes(tmp_path: Path, words: tuple[str, ...]) -> None:
+    checker = shutil.which("systemd-analyze")
+    text = Yard(tmp_path / "home").run("unit", *words).stdout
+    assert f"TUNEYARD_HOME={tmp_path}/home" in text
+    if checker is None:
+        pytest.skip("there is no systemd-analyze here")
+    path = tmp_path / "tuneyard.service"
+    path.write_text(text)
+    done = subprocess.run([checker, "verify", str(path)], capture_output=True, text=True, check=False)
+    assert str(path) not in done.stderr, done.stderr
+    assert "tuneyard.service" not in done.stderr, done.stderr
