@@ -6,7 +6,8 @@ says of it.
 On the yard of benchmarks.chaos (three Ray nodes, standbys, PostgreSQL and Redis where installed) one job of two
 processes trains, alone on the machine, and saves every 10 s. First and last it is left in peace for a while: that is
 what a second brings without a fault. In between, a fault is done to it in each span of `--every` minutes, at a moment
-drawn from the span. `goodput` is steps that were kept, per second, beside that rate; the limit is 0.93.
+drawn from the span. `goodput` is steps that were kept, per second, beside that rate; the limit is 0.93. `by_ledger` is
+the same by the yard's own account (`tuneyard goodput`): the share of its time that was training, beside that in peace.
 
 The simulator is given a job of as many seconds as the kept steps take in peace, the times of the faults, for each how
 long the yard took to see it, and what one start takes, which is measured at the first start, before any fault. What it
@@ -44,16 +45,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         world.until(lambda: world.trained(job, 0.0) and standbys_are_there(world), "the first step")
         startup_s = statistics.median(a_start(world, job) for _ in range(3))
 
-        def left_alone(minutes: float) -> float:
-            """Steps a second."""
+        def left_alone(minutes: float) -> tuple[float, float]:
+            """Steps a second, and the share of training."""
             world.until(lambda: settled(world, job), "it trains")
-            begun = time.time()
+            begun, trained = time.time(), training_s(world, job)
             time.sleep(60 * minutes)
-            return (steps_at(world, job, time.time()) - steps_at(world, job, begun)) / (60 * minutes)
+            lasted, more = time.time() - begun, training_s(world, job) - trained
+            return (steps_at(world, job, time.time()) - steps_at(world, job, begun)) / lasted, more / lasted
 
-        before = left_alone(options.peace)
+        before, share_before = left_alone(options.peace)
         say(f"         {before:.2f} steps/s in peace; a start takes {startup_s:.1f} s")
-        begun = time.time()
+        begun, trained = time.time(), training_s(world, job)
         had = steps_at(world, job, begun)
         for index, kind in enumerate(kinds):
             span_s = 60 * options.every
@@ -67,8 +69,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             world.until(world.whole, "all is up again")
         time.sleep(max(0.0, begun + 60 * options.minutes - time.time()))
         ended = time.time()
-        kept = steps_at(world, job, ended) - had
-        after = left_alone(options.peace)
+        kept, share = steps_at(world, job, ended) - had, (training_s(world, job) - trained) / (ended - begun)
+        after, share_after = left_alone(options.peace)
         world.client.cancel(job)
         world.until(lambda: world.view(job).state.final, "it ends")
         rate = (before + after) / 2
@@ -82,6 +84,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "steps_per_s_in_peace": [round(before, 3), round(after, 3)],
             "startup_s": round(startup_s, 2),
             "goodput": round(goodput, 4),
+            "by_ledger": round(share / ((share_before + share_after) / 2), 4),
             "predicted": round(predicted, 4),
             "points_between": round(abs(goodput - predicted), 4),
             "each": [
@@ -145,6 +148,11 @@ def lines(world: Any, job: str) -> list[tuple[int, float, int]]:
 def steps_at(world: Any, job: str, at: float) -> int:
     """Steps that were taken by then, and not lost by then."""
     return max(((attempt, step) for attempt, when, step in lines(world, job) if when <= at), default=(0, 0))[1]
+
+
+def training_s(world: Any, job: str) -> float:
+    """Seconds of training so far, as the yard accounts for them."""
+    return float(world.client.goodput_of(job).seconds["training"])
 
 
 def settled(world: Any, job: str) -> bool:
