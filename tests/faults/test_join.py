@@ -141,7 +141,7 @@ def test_joining_leaving_and_another_controller_in_mid_run_lose_nothing(world: W
     for name in ("node-0", "host-1"):
         yard.run("uncordon", name)
     leaver.run("node", "leave")
-    assert names(yard) == {"node-0", "host-1"}
+    until(lambda: names(yard) == {"node-0", "host-1"})
     url = yard.record.url
     leaver.run("node", "join", url, "--token-file", str(yard.home / "token"), "--name", "host-2")
     assert names(yard) == {"node-0", "host-1", "host-2"}
