@@ -201,8 +201,8 @@ def settled(world: Any, job: str) -> bool:
 
 
 def simulated(work_s: float, startup_s: float, faults: Sequence[tuple[float, float | None, bool]]) -> float:
-    """The share of its time in which a job of so much work gets on, as the simulator has it. Of each fault: when it was,
-    how soon it was seen, and whether the attempt ended."""
+    """The share of its time in which a job of so much work gets on, as the simulator has it. Of each fault: when it
+    was, how soon it was seen, and whether the attempt ended."""
     from orchestrator.simulate.conditions import Conditions, Failure, alike_nodes
     from orchestrator.simulate.engine import simulate
     from orchestrator.simulate.peers import POLICIES
