@@ -70,9 +70,15 @@ def main() -> None:
             if not read:
                 return
             *lines, unread = (unread + read).split(b"\n")
-            for line in lines:
-                order = json.loads(line)
-                running[_launcher(order)] = order["number"]
+            orders = [json.loads(line) for line in lines]
+            cancelled = {order["cancel"] for order in orders if "cancel" in order}
+            for order in orders:
+                if "number" not in order:
+                    continue  # what began before it was cancelled is ended by its processes
+                if order["number"] in cancelled:
+                    _say(said, {"number": order["number"], "code": -signal.SIGTERM})
+                else:
+                    running[_launcher(order)] = order["number"]
         while running:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:

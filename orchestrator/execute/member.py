@@ -180,10 +180,9 @@ class Member:
         """
         if self.ended:
             return True
-        if not self._bereft:
-            self._beat(heard)
         now = time.time()
         if not self._bereft:
+            self._beat(heard)
             self._see_ranks()
             self._watch_ranks()
         ends = {rank: self._exit(rank) for rank in self.request.ranks}
@@ -205,6 +204,8 @@ class Member:
             if left and (overdue or self._leavers_are_late(now)):
                 self._ended_by_us = self._ended_by_us or self._why_ended()
                 kill(left)
+            elif not left and code is None and isinstance(self.launcher, Ordered):
+                self.launcher.cancel()  # its standby may not have come to it yet
             elif not left and self._stored(now):
                 self._finish(self.launcher.wait() if self.launcher else None)
         return self.ended

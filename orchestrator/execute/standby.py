@@ -15,6 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 from launch.attempt import ENV_HEARTBEAT, ENV_RESERVED, ENV_RUN_ID, RESERVED
 from launch.engine_config import import_environment
@@ -24,6 +25,8 @@ from orchestrator.execute.processes import held_bytes, inherited, of_run
 
 QUIET_S = 5.0
 """After a start the node's cores belong to the job that starts; importing takes some seconds of one."""
+MOST_AHEAD = 4
+"""Orders that wait for a standby's imports; more may not fit into the pipe."""
 LATE = frozenset(
     {ENV_RUN_ID, ENV_HEARTBEAT, ENV_RESERVED, "OMP_NUM_THREADS", "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"}
 )
@@ -57,16 +60,25 @@ class Standby:
         self._hearing = threading.Lock()  # an agent's watch and whoever asks for a report both listen
 
     def order(self, argv: tuple[str, ...], environment: dict[str, str], cwd: str, log: Path) -> Ordered | None:
-        """A launcher that does what `argv` would; None if the standby has died."""
+        """A launcher that does what `argv` would; None if the standby has died, or is not to be waited for.
+
+        One that still imports is: each rank would import as much by itself, on the same cores.
+        """
+        if not self.ready and self._orders >= MOST_AHEAD:
+            return None
         self._orders += 1
         order = {"number": self._orders, "argv": argv, "env": environment, "cwd": cwd, "log": str(log)}
+        return Ordered(self, self._orders, environment[ENV_RUN_ID]) if self.tell(order) else None
+
+    def tell(self, message: dict[str, Any]) -> bool:
+        """Whether it could be told: it has died if not."""
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps(order).encode() + b"\n")
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            return None
-        return Ordered(self, self._orders, environment[ENV_RUN_ID])
+        except (BrokenPipeError, ValueError):  # a ValueError: it has been closed
+            return False
+        return True
 
     def alive(self) -> bool:
         """Whether it is there, after hearing what it has said."""
@@ -102,6 +114,13 @@ class Ordered:
 
     def __init__(self, standby: Standby, number: int, run_id: str) -> None:
         self._standby, self._number, self._run_id = standby, number, run_id
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Have it not begin, if it has not; its status is that of SIGTERM then."""
+        if not self._cancelled:
+            self._cancelled = True
+            self._standby.tell({"cancel": self._number})
 
     def poll(self) -> int | None:
         """The exit status; None while it runs. 1 if the standby died first: then nobody knows."""
@@ -141,10 +160,10 @@ class Standbys:
                 self._there.pop(dropped).close()
 
     def launch(self, argv: tuple[str, ...], environment: dict[str, str], cwd: str, log: Path) -> Ordered | None:
-        """A launcher that does what `argv` would, forked from a standby; None if none is ready for it."""
+        """A launcher that does what `argv` would, forked from a standby; None if there is none for it."""
         self._quiet_until = time.monotonic() + QUIET_S
         standby = self._there.get(_key(environment))
-        if standby is None or not standby.alive() or not standby.ready or len(environment[ENV_RUN_ID]) > RESERVED:
+        if standby is None or not standby.alive() or len(environment[ENV_RUN_ID]) > RESERVED:
             return None
         return standby.order(argv, environment, cwd, log)
 

@@ -142,6 +142,32 @@ def test_a_standby_that_dies_takes_no_attempt_with_it(long: RunContract) -> None
     own.close()
 
 
+def test_one_that_still_imports_is_waited_for_unless_it_is_called_off(spec: TrainSpec, tmp_path: Path) -> None:
+    own = Standbys(1)
+    try:
+        own.want(node_environment())
+        own.tick()
+        contracts = [
+            a_contract(
+                tmp_path / name, a_plan(spec, "single", 1, 8), spec, run_id=f"{tmp_path.name}-{name}-{os.getpid()}.1"
+            )
+            for name in ("runs", "called-off")
+        ]
+        runs, called_off = members = [Member(build_request(contract, 0)) for contract in contracts]
+        assert all(member.start(own) for member in members)
+        assert not ready(own)
+        assert all(isinstance(member.launcher, Ordered) for member in members)
+        called_off.files.stop.write_text(json.dumps({"reason": "test", "deadline": 0}))
+        assert not called_off.tick(), "nobody knows yet whether it begins"
+        until(called_off.tick)
+        assert ended(called_off).code == ExitCode.STOPPED
+        assert not called_off.files.process(0).exists()
+        until(runs.tick)
+        assert ended(runs).code == ExitCode.DONE
+    finally:
+        own.close()
+
+
 def test_a_request_that_it_does_not_fit_starts_cold(
     standbys: Standbys, spec: TrainSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
