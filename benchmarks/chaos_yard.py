@@ -42,7 +42,7 @@ ROWS = 600
 BATCH = 12
 EVERY = 10
 """Steps between checkpoints."""
-DISK_MIB = 256
+DISK_MIB = 1024
 PATIENCE_S = 240.0
 POLL_S, FEED_S = 0.1, 1.0
 T = TypeVar("T")
