@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+import psutil
 
 from benchmarks.chaos_faults import Struck
 from benchmarks.chaos_yard import BATCH, ROWS, World
@@ -18,6 +21,7 @@ from launch.checkpoint.catalogue import Catalogue
 from launch.checkpoint.manifest import CheckpointId
 from launch.checkpoint.storage import open_storage
 from orchestrator.job.lifecycle import JobState
+from orchestrator.views import AttemptView
 from orchestrator.yard.record import ENV_YARD
 
 SAMPLE_S = 0.2
@@ -131,14 +135,14 @@ def audit(world: World, observer: Observer, struck: Sequence[Struck]) -> Audit:
 
 def _look_at_attempts(world: World, job: str, struck: Sequence[Struck], found: Audit) -> None:
     """Whether each had a reason to end, and had ended before the next began, by what they wrote down themselves."""
-    last_end = 0.0
+    last_end, fast_s = 0.0, clocks_differ_s()
     for attempt in world.client.attempts(job):
         found.attempts += 1
         begins, ends = [], []
         for rank in range(attempt.plan.world_size):
             files = world.yard.files(job, attempt.number)
             if files.process(rank).exists():
-                begins.append(json.loads(files.process(rank).read_bytes())["start_time"])
+                begins.append(json.loads(files.process(rank).read_bytes())["start_time"] + fast_s)
             if files.exit(rank).exists():
                 ends.append(json.loads(files.exit(rank).read_bytes())["time"])
         if begins and min(begins) < last_end:
@@ -154,36 +158,70 @@ def _look_at_attempts(world: World, job: str, struck: Sequence[Struck], found: A
             found.wrong.append(f"{job}: attempt {attempt.number} ended as {attempt.outcome} without a fault")
 
 
-def lineage(catalogue: Catalogue, attempts: int) -> list[tuple[int, int, int | None]]:
-    """Which attempt took each stretch of the final model's steps, by the claims: (attempt, after which step, up to
-    which), the first first. The last goes to the end: up to None."""
-    claims = catalogue.listing().claims
-    attempt, until = max(claims, default=attempts), None
+def clocks_differ_s() -> float:
+    """What to add to the time at which a process began, as the system tells it, to have the time of day: it counts from
+    a whole second."""
+    begun = time.time()
+    with subprocess.Popen(["sleep", "10"]) as process:
+        told = psutil.Process(process.pid).create_time()
+        process.kill()
+    return begun - told
+
+
+Rows = dict[int, list[int]]
+"""Step → the rows that all ranks took in it."""
+
+
+def lineage(
+    claims: Mapping[int, CheckpointId | None], rescued: Mapping[int, int], rows: Mapping[int, Rows]
+) -> list[tuple[int, int, int | None]]:
+    """Which attempt took each stretch of the final model's steps: (attempt, after which step, up to which), the first
+    first. The last goes to the end: up to None.
+
+    By the checkpoints that attempts have claimed; one that has gone on from copies (`rescued`: after which step) has
+    them of the last attempt that had come so far.
+    """
+    attempt, until = max({*claims, *rows}), None
     found: list[tuple[int, int, int | None]] = []
     while True:
-        claim = claims.get(attempt)
-        start = CheckpointId.parse(claim.starts_from) if claim is not None and claim.starts_from else None
-        found.append((attempt, start.step if start else 0, until))
-        if start is None:
+        if attempt in rescued:
+            step = rescued[attempt]
+            before = max(number for number in rows if number < attempt and step in rows[number])
+        else:
+            start = claims.get(attempt)
+            step, before = (start.step, start.attempt) if start is not None else (0, 0)
+        found.append((attempt, step, until))
+        if not before:
             return found[::-1]
-        attempt, until = start.attempt, start.step
+        attempt, until = before, step
 
 
 def _look_at_samples(world: World, job: str, steps: int, rows: int, found: Audit) -> None:
     """Whether the steps that made the model saw each row exactly once an epoch, by what each rank wrote down."""
     attempts = world.client.attempts(job)
-    catalogue = Catalogue(open_storage(attempts[-1].checkpoint_dir or ""))
+    listing = Catalogue(open_storage(attempts[-1].checkpoint_dir or "")).listing()
+    claims = {
+        attempt: CheckpointId.parse(claim.starts_from) if claim.starts_from else None
+        for attempt, claim in listing.claims.items()
+    }
+    told = [event for event in world.events(job) if event.kind == "checkpoint-resumed"]
+    rescued = {event.attempt or 0: event.data["step"] for event in told if event.data.get("source") == "memory"}
+    taken = {one.number: _rows(world, job, one) for one in attempts}
     seen: list[int] = []
-    for number, after, until in lineage(catalogue, attempts[-1].number):
-        by_step: dict[int, list[int]] = defaultdict(list)
-        for rank in range(attempts[number - 1].plan.world_size):
-            path = world.yard.files(job, number).samples(rank)
-            for text in path.read_text().splitlines() if path.exists() else ():
-                line = json.loads(text)
-                by_step[line["step"]] += line["rows"]
+    for number, after, until in lineage(claims, rescued, {number: some for number, some in taken.items() if some}):
         for step in range(after + 1, (steps if until is None else until) + 1):
-            seen += by_step[step]
+            seen += taken[number].get(step, [])
     check_rows(job, seen, steps, rows, BATCH, found)
+
+
+def _rows(world: World, job: str, attempt: AttemptView) -> Rows:
+    by_step: Rows = defaultdict(list)
+    for rank in range(attempt.plan.world_size):
+        path = world.yard.files(job, attempt.number).samples(rank)
+        for text in path.read_text().splitlines() if path.exists() else ():
+            line = json.loads(text)
+            by_step[line["step"]] += line["rows"]
+    return dict(by_step)
 
 
 def check_rows(job: str, seen: Sequence[int], steps: int, rows: int, batch: int, found: Audit) -> None:

@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks.chaos import kinds_in_turn
-from benchmarks.chaos_audit import Audit, check_rows, lineage
-from launch.checkpoint.catalogue import Catalogue
+from benchmarks.chaos_audit import Audit, Rows, check_rows, clocks_differ_s, lineage
 from launch.checkpoint.manifest import CheckpointId
-from launch.checkpoint.storage import open_storage
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,10 +64,20 @@ def test_rows_that_come_again_or_never_are_counted() -> None:
         assert (found.samples_duplicated, found.samples_missing) == (again, missing), rows
 
 
-def test_the_lineage_is_that_of_the_claims(tmp_path: Path) -> None:
+def test_the_lineage_is_that_of_the_claims() -> None:
     """The third attempt goes on from the first's checkpoint: the second has saved nothing that counts."""
-    catalogue = Catalogue(open_storage(str(tmp_path)))
-    for attempt, start in ((1, None), (2, CheckpointId(30, 1)), (3, CheckpointId(20, 1))):
-        catalogue.begin(attempt)
-        catalogue.claim(attempt, start)
-    assert lineage(catalogue, 3) == [(1, 0, 20), (3, 20, None)]
+    claims = {1: None, 2: CheckpointId(30, 1), 3: CheckpointId(20, 1)}
+    rows: dict[int, Rows] = {1: {20: [], 30: []}, 2: {31: []}, 3: {21: []}}
+    assert lineage(claims, {}, rows) == [(1, 0, 20), (3, 20, None)]
+
+
+def test_copies_are_of_the_last_attempt_that_had_come_so_far() -> None:
+    """The third goes on from what the first left when it was killed, beyond the checkpoint that it has claimed; the
+    second took no step, and the fourth begins with what the third made of it."""
+    claims = {1: None, 2: CheckpointId(30, 1), 3: CheckpointId(30, 1), 4: CheckpointId(34, 3)}
+    rows: dict[int, Rows] = {1: {30: [], 34: [], 35: []}, 3: {35: []}, 4: {35: []}}
+    assert lineage(claims, {3: 34}, rows) == [(1, 0, 34), (3, 34, 34), (4, 34, None)]
+
+
+def test_clocks_are_compared() -> None:
+    assert abs(clocks_differ_s()) < 2
