@@ -23,6 +23,7 @@ from orchestrator.cli import (
     probe,
     queue,
     queues,
+    render,
     reproduce,
     run,
     schema,
@@ -67,6 +68,7 @@ app.command("reproduce")(reproduce.reproduce)
 app.command("up")(up.up)
 app.command("down")(up.down)
 app.command("submit")(submit.submit)
+app.command("render")(render.render)
 app.command("ls")(ls.ls)
 app.command("describe")(describe.describe)
 app.command("logs")(logs.logs)
