@@ -9,17 +9,18 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from orchestrator.execute.local import free_ports
+from orchestrator.execute.processes import end_all
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 COMMANDS = ("sbatch", "srun", "scancel", "scontrol", "squeue", "sinfo")
 CPUS = 4
 MEMORY_MB = 16_000
-START_S = 60.0
+START_S, END_S = 60.0, 30.0
 
 
 def why_not() -> str | None:
@@ -42,7 +43,7 @@ def configuration(folder: Path) -> str:
         "SlurmUser=root",
         "AuthType=auth/munge",
         # What is requeued waits until its credential has expired, two minutes by default.
-        f"AuthInfo=socket={folder}/munge.socket,cred_expire=3",
+        f"AuthInfo=socket={folder}/munge.socket,cred_expire=5",
         f"StateSaveLocation={folder}/state",
         f"SlurmdSpoolDir={folder}/spool-%n",
         f"SlurmctldPidFile={folder}/slurmctld.pid",
@@ -59,6 +60,7 @@ def configuration(folder: Path) -> str:
         "SlurmctldTimeout=30",
         "SlurmdTimeout=20",
         "KillWait=10",
+        "DefMemPerCPU=1000",
         "ReturnToService=2",
         *(
             f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} "
@@ -139,9 +141,9 @@ def a_slurm() -> Iterator[Slurm]:
         yield slurm
 
 
-def _await(slurm: Slurm, ready: object) -> None:
+def _await(slurm: Slurm, ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + START_S
-    while not ready():  # type: ignore[operator]
+    while not ready():
         ended = [name for name, daemon in slurm.daemons.items() if daemon.poll() is not None]
         assert not ended, f"{ended} ended\n{slurm.logs()}"
         assert time.monotonic() < deadline, slurm.logs()
@@ -149,6 +151,11 @@ def _await(slurm: Slurm, ready: object) -> None:
 
 
 def _end(slurm: Slurm) -> None:
-    slurm.run("scancel", "--full", "--user=root", check=False)
+    """Let jobs end as Slurm ends them, then everything that was started from here."""
+    slurm.run("scancel", "--user=root", check=False)
+    deadline = time.monotonic() + END_S
+    while slurm.run("squeue", "--noheader", check=False).strip() and time.monotonic() < deadline:
+        time.sleep(0.1)
     for name in reversed(list(slurm.daemons)):
         slurm.kill(name)
+    end_all("SLURM_CONF", str(slurm.conf))  # what daemons started for jobs outlives them
