@@ -18,7 +18,7 @@ from launch.checkpoint.catalogue import Catalogue
 from launch.checkpoint.manifest import CheckpointId
 from launch.checkpoint.storage import open_storage
 from orchestrator.job.lifecycle import JobState
-from orchestrator.yard import ENV_YARD
+from orchestrator.yard.record import ENV_YARD
 
 SAMPLE_S = 0.2
 LEAVING_S = 10.0

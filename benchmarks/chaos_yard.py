@@ -25,7 +25,7 @@ from orchestrator.execute.protocol import last_progress
 from orchestrator.job.lifecycle import AttemptState, JobState
 from orchestrator.settings import Settings
 from orchestrator.views import AttemptView, EventView, JobView
-from orchestrator.yard import connect
+from orchestrator.yard.home import connect
 from tests import postgres
 from tests.redis import a_redis, is_installed
 from tests.worlds import write_bert, write_dialogues, write_gpt2, write_messages

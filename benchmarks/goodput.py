@@ -4,25 +4,32 @@ says of it.
     python -m benchmarks.goodput [--minutes 30] [--every 5] [--seed 3] [--kinds rank-killed agent-killed ...]
 
 On the yard of benchmarks.chaos (three Ray nodes, standbys, PostgreSQL and Redis where installed) one job of two
-processes trains, alone on the machine, and saves every 10 s. First and last it is left in peace for a while: that is
-what a second brings without a fault. In between, a fault is done to it in each span of `--every` minutes, at a moment
-drawn from the span. `goodput` is steps that were kept, per second, beside that rate; the limit is 0.93.
+processes trains, alone on the machine, and saves every 10 s. First and last it is left in peace for a while. In
+between, a fault is done to it in each span of `--every` minutes, at a moment drawn from the span.
 
-The simulator is given a job of as many seconds as the kept steps take in peace, the times of the faults, for each how
-long the yard took to see it, and what one start takes, which is measured at the first start, before any fault. What it
-says must be within 5 points of `goodput`. The last line of stdout is JSON.
+By the times that rank 0 wrote down, `goodput` is the share of the time that went into steps that were kept, beside that
+in peace; the limit is 0.93. `by_ledger` is the same by the yard's own account (`tuneyard goodput`), `by_steps` by steps
+a second, which other load on the machine changes, too.
+
+The simulator is given a job of as many seconds as the kept steps took, the times of the faults, for each how long the
+yard took to see it, and what one start takes, which is measured before any fault, after pauses. What it says must be
+within 5 points of `goodput`. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +47,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with a_world(options.seed, 1.0, say) as world:
         world.feeding = False
         job = submit(world)
-        first = world.until(lambda: world.trained(job, 0.0), "the first step")
-        placed = world.client.attempts(job)[0].created_at
-        startup_s = first - placed
+        world.until(lambda: world.trained(job, 0.0) and standbys_are_there(world), "the first step")
+        startup_s = statistics.median(a_start(world, job) for _ in range(3))
 
-        def left_alone(minutes: float) -> float:
-            """Steps a second."""
+        def looked_at(seconds: float) -> Window:
+            """What became of the next `seconds`."""
+            begun, trained = time.time(), training_s(world, job)
+            time.sleep(seconds)
+            return window(world, job, begun, trained)
+
+        def in_peace() -> Window:
             world.until(lambda: settled(world, job), "it trains")
-            begun = time.time()
-            time.sleep(60 * minutes)
-            return (steps_at(world, job, time.time()) - steps_at(world, job, begun)) / (60 * minutes)
+            return looked_at(60 * options.peace)
 
-        before = left_alone(options.peace)
-        say(f"         {before:.2f} steps/s in peace; a start takes {startup_s:.1f} s")
-        begun = time.time()
-        had = steps_at(world, job, begun)
+        before = in_peace()
+        say(f"         {before.steps_per_s:.2f} steps/s in peace; a start takes {startup_s:.1f} s")
+        begun, trained = time.time(), training_s(world, job)
         for index, kind in enumerate(kinds):
             span_s = 60 * options.every
             moment = begun + span_s * index + draw.uniform(0.1, 0.6) * span_s
@@ -66,24 +74,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             say(f"{index + 1:4}     {kind:18} seen {struck.detected_s:6.2f} s  back {struck.back_s:6.2f} s")
             world.until(world.whole, "all is up again")
         time.sleep(max(0.0, begun + 60 * options.minutes - time.time()))
-        ended = time.time()
-        kept = steps_at(world, job, ended) - had
-        after = left_alone(options.peace)
+        during = window(world, job, begun, trained)
+        after = in_peace()
         world.client.cancel(job)
         world.until(lambda: world.view(job).state.final, "it ends")
-        rate = (before + after) / 2
-        wall_s = ended - begun
-        goodput = kept / wall_s / rate
-        predicted = simulated(kept / rate, startup_s, [(one.at - begun, one.detected_s, one) for one in world.struck])
+        figures = {
+            name: getattr(during, key) / statistics.mean([getattr(before, key), getattr(after, key)])
+            for name, key in (("goodput", "kept"), ("by_ledger", "training"), ("by_steps", "steps_per_s"))
+        }
+        faults = [(one.at - begun, one.detected_s, bool(one.ends)) for one in world.struck]
+        predicted = simulated(during.kept * during.wall_s, startup_s, faults)
+        goodput = figures["goodput"]
         return {
-            "minutes": round(wall_s / 60, 1),
+            "minutes": round(during.wall_s / 60, 1),
             "faults": len(world.struck),
-            "steps_kept": kept,
-            "steps_per_s_in_peace": [round(before, 3), round(after, 3)],
-            "startup_s": round(startup_s, 2),
-            "goodput": round(goodput, 4),
+            **{name: round(figure, 4) for name, figure in figures.items()},
             "predicted": round(predicted, 4),
             "points_between": round(abs(goodput - predicted), 4),
+            "in_peace": [round(one.kept, 4) for one in (before, after)],
+            "startup_s": round(startup_s, 2),
             "each": [
                 {"kind": one.kind, "at_s": round(one.at - begun), "seen_s": round(one.detected_s or 0, 2),
                  "back_s": round(one.back_s or 0, 2)}
@@ -91,6 +100,45 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             ],
             "within_limits": goodput >= LIMIT and abs(goodput - predicted) <= POINTS,
         }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Window:
+    """What became of a stretch of time."""
+
+    wall_s: float
+    kept: float
+    """The share that went into steps that were kept."""
+    training: float
+    """The same as the yard accounts for it."""
+    steps_per_s: float
+    """Kept ones."""
+
+
+def window(world: Any, job: str, begun: float, trained_s: float) -> Window:
+    """That from `begun`, when the yard told of `trained_s` seconds of training, until now."""
+    ended = time.time()
+    wall_s = ended - begun
+    kept = kept_steps(lines(world, job), begun, ended)
+    more_s = training_s(world, job) - trained_s
+    return Window(wall_s, sum(kept) / wall_s, more_s / wall_s, len(kept) / wall_s)
+
+
+def kept_steps(all_lines: Sequence[tuple[int, float, int]], begun: float, ended: float) -> list[float]:
+    """Seconds that each step took which ended between these times and was not done again."""
+    by_attempt: dict[int, list[tuple[float, int]]] = {}
+    for attempt, when, step in all_lines:
+        by_attempt.setdefault(attempt, []).append((when, step))
+    again_from = math.inf
+    found: list[float] = []
+    for attempt in sorted(by_attempt, reverse=True):
+        steps = by_attempt[attempt]
+        took = [two[0] - one[0] for one, two in pairwise(steps)]
+        # When an attempt's first step began it does not say.
+        timed = zip(steps, [statistics.median(took) if took else 0.0, *took], strict=True)
+        found += [seconds for (when, step), seconds in timed if begun < when <= ended and step < again_from]
+        again_from = min(again_from, steps[0][1])
+    return found
 
 
 def submit(world: Any) -> str:
@@ -106,6 +154,19 @@ def submit(world: Any) -> str:
     )
     job: str = world.yard.submit(path)
     return job
+
+
+def standbys_are_there(world: Any) -> bool:
+    return all(node["standbys"]["count"] for node in world.yard.json("nodes"))
+
+
+def a_start(world: Any, job: str) -> float:
+    """Seconds from placement to first step of an attempt that comes after a pause."""
+    world.yard.json("pause", job, "--wait")
+    paused, above = time.time(), world.client.job(job).attempts
+    world.yard.json("resume", job)
+    first: float = world.until(lambda: world.trained(job, paused, above), "it trains again")
+    return first - float(world.client.attempts(job)[-1].created_at)
 
 
 def on_head(world: Any, job: str) -> bool:
@@ -129,9 +190,9 @@ def lines(world: Any, job: str) -> list[tuple[int, float, int]]:
     return found
 
 
-def steps_at(world: Any, job: str, at: float) -> int:
-    """Steps that were taken by then, and not lost by then."""
-    return max(((attempt, step) for attempt, when, step in lines(world, job) if when <= at), default=(0, 0))[1]
+def training_s(world: Any, job: str) -> float:
+    """Seconds of training so far, as the yard accounts for them."""
+    return float(world.client.goodput_of(job).seconds["training"])
 
 
 def settled(world: Any, job: str) -> bool:
@@ -139,8 +200,9 @@ def settled(world: Any, job: str) -> bool:
     return bool(newest) and time.time() - newest[-1][1] < EVERY_S
 
 
-def simulated(work_s: float, startup_s: float, faults: Sequence[tuple[float, float | None, Any]]) -> float:
-    """The share of its time in which a job of so much work gets on, as the simulator has it."""
+def simulated(work_s: float, startup_s: float, faults: Sequence[tuple[float, float | None, bool]]) -> float:
+    """The share of its time in which a job of so much work gets on, as the simulator has it. Of each fault: when it
+    was, how soon it was seen, and whether the attempt ended."""
     from orchestrator.simulate.conditions import Conditions, Failure, alike_nodes
     from orchestrator.simulate.engine import simulate
     from orchestrator.simulate.peers import POLICIES
@@ -148,7 +210,7 @@ def simulated(work_s: float, startup_s: float, faults: Sequence[tuple[float, flo
 
     # It is only the job's node that counts: a fault of which no attempt ends is none to the simulator.
     failures = tuple(
-        Failure(at_s=startup_s + at_s, node=0, repair_s=seen_s or 0.0) for at_s, seen_s, one in faults if one.ends
+        Failure(at_s=startup_s + at_s, node=0, repair_s=seen_s or 0.0) for at_s, seen_s, ends in faults if ends
     )
     conditions = Conditions(startup_s=startup_s, checkpoint_s=EVERY_S, failures=failures)
     job = SimulatedJob(job_id="long", submit_s=0.0, duration_s=work_s, num_gpus=2, tenant="default")

@@ -27,7 +27,7 @@ from launch.checkpoint.manifest import CheckpointId
 from launch.contract import ProgressLine
 from orchestrator.execute.processes import carrying, end_all
 from orchestrator.settings import Settings
-from orchestrator.yard import connect
+from orchestrator.yard.home import connect
 from tests.worlds import write_bert, write_messages
 from tests.yards import Yard, a_yard, kill, until
 

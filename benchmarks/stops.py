@@ -38,7 +38,7 @@ from orchestrator.execute.processes import carrying
 from orchestrator.job.lifecycle import JobState
 from orchestrator.job.spec import load_job
 from orchestrator.settings import Settings
-from orchestrator.yard import connect
+from orchestrator.yard.home import connect
 from tests.worlds import write_bert, write_messages
 from tests.yards import Yard, a_yard, until
 

@@ -31,6 +31,7 @@ from orchestrator.views import (
     DryRun,
     EventView,
     JobView,
+    JoinView,
     MarkView,
     NodeView,
     ProbeView,
@@ -205,6 +206,10 @@ class Client:
         """Probe nodes, all of them if none is named; takes half a minute or so. Raises NotFoundError."""
         body = {"nodes": list(names)}
         return self._ask(list[ProbeView], "POST", "/v1/probe", json=body, timeout=PROBE_TIMEOUT_S)
+
+    def joining(self) -> JoinView:
+        """How a machine becomes a node of this yard. Raises ConflictError: it takes none."""
+        return self._ask(JoinView, "GET", "/v1/joining")
 
     def nodes(self) -> list[NodeView]:
         """The nodes that answer now."""

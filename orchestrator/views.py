@@ -74,10 +74,30 @@ class EventView(View):
 class NodeView(Node):
     free: int
     """Ranks that it can take now."""
+    busy: int = 0
+    """Ranks of attempts that hold its slots."""
     standbys: StandbyReport = StandbyReport()
     mark: str | None = None
     """cordoned: it gets no new attempts; drained: and those on it go elsewhere; suspect: cordoned until it is probed"""
     mark_reason: str | None = None
+
+
+class JoinView(View):
+    """What a machine must know to be a node of the yard."""
+
+    yard: str | None = None
+    """Its id, if `tuneyard up` made it."""
+    head: str
+    """host:port of Ray's head."""
+    ray_token: str | None = None
+    """Ray's own; a secret."""
+    home: str
+    """The yard's directory, where runs and checkpoints lie unless jobs say otherwise."""
+    redis: bool = False
+    """Whether Ray's head may be away for long and come back."""
+    python: str
+    ray: str
+    tuneyard: str
 
 
 class MarkView(View):

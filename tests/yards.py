@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from launch.attempt import ENV_RUN_ID, AttemptFiles
 from launch.token_cache import ENV_CACHE
 from orchestrator.execute.processes import carrying, end_all
 from orchestrator.settings import Settings
-from orchestrator.yard import ENV_YARD, YardRecord, environment, read_yard
+from orchestrator.yard.joined import ENV_NODE, NodeRecord
+from orchestrator.yard.record import ENV_YARD, YardRecord, environment, read_yard
 
 PATIENCE = 120.0
 
@@ -41,8 +42,10 @@ for _ in range(int(sys.argv[1])):
 class Yard:
     """A home directory, and the command line bound to it."""
 
-    def __init__(self, home: Path, **settings: str) -> None:
+    def __init__(self, home: Path, prefix: Sequence[str] = (), **settings: str) -> None:
         self.home = home
+        self.prefix = list(prefix)
+        """What comes before its commands, such as the name of another host."""
         self.env = {key: value for key, value in os.environ.items() if not key.startswith("TUNEYARD_")}
         self.env |= {
             "TUNEYARD_HOME": str(home),
@@ -55,7 +58,7 @@ class Yard:
     def run(self, *arguments: str, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """`tuneyard ARGUMENTS`."""
         done = subprocess.run(
-            [sys.executable, "-m", "orchestrator", *arguments],
+            [*self.prefix, sys.executable, "-m", "orchestrator", *arguments],
             env=self.env, capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
         if check:
@@ -123,10 +126,27 @@ class Yard:
 
 
 @contextmanager
-def a_yard(*up: str, **settings: str) -> Iterator[Yard]:
+def a_joined_node(yard: Yard, name: str, prefix: Sequence[str], **settings: str) -> Iterator[Yard]:
+    """Another home, which is a node of `yard`; ended by its id."""
+    with tempfile.TemporaryDirectory(prefix="tn-", ignore_cleanup_errors=True) as folder:
+        node = Yard(Path(folder), prefix, **settings)
+        try:
+            node.run("node", "join", yard.record.url, "--token-file", str(yard.home / "token"), "--name", name)
+            yield node
+            node.run("node", "leave", "--force")
+        finally:
+            record = NodeRecord.read(Settings(home=node.home))
+            if record is not None:
+                if record.keeper is not None and record.alive:
+                    kill(record.keeper.pid)
+                end_all(ENV_NODE, record.id)
+
+
+@contextmanager
+def a_yard(*up: str, prefix: Sequence[str] = (), **settings: str) -> Iterator[Yard]:
     """A yard that is up; ended by its id, whatever happens."""
     with tempfile.TemporaryDirectory(prefix="ty-", ignore_cleanup_errors=True) as folder:
-        yard = Yard(Path(folder), **settings)
+        yard = Yard(Path(folder), prefix, **settings)
         try:
             yard.run("up", *up)
             yield yard

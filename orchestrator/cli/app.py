@@ -16,6 +16,7 @@ from orchestrator.cli import (
     init,
     logs,
     ls,
+    node,
     nodes,
     pause,
     plan,
@@ -29,6 +30,7 @@ from orchestrator.cli import (
     schema,
     simulate,
     submit,
+    unit,
     up,
     wait,
     weights,
@@ -67,6 +69,7 @@ app.command("run")(run.run)
 app.command("reproduce")(reproduce.reproduce)
 app.command("up")(up.up)
 app.command("down")(up.down)
+app.command("unit")(unit.unit)
 app.command("submit")(submit.submit)
 app.command("render")(render.render)
 app.command("ls")(ls.ls)
@@ -84,6 +87,7 @@ checkpoint.app.command("import")(weights.import_)
 checkpoint.app.command("diff")(weights.diff)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("nodes")(nodes.nodes)
+app.add_typer(node.app, name="node")
 app.command("queue")(queue.queue)
 app.command("why")(queue.why)
 app.command("goodput")(goodput.goodput)

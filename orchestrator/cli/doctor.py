@@ -165,7 +165,8 @@ def _database(settings: Settings) -> Finding:
 
 def _yard(settings: Settings) -> Finding:
     from orchestrator.errors import YardError
-    from orchestrator.yard import is_up, read_yard
+    from orchestrator.yard.home import is_up
+    from orchestrator.yard.record import read_yard
 
     try:
         record = read_yard(settings)

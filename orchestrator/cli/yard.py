@@ -8,7 +8,7 @@ from orchestrator.client import Client
 from orchestrator.errors import NotFoundError
 from orchestrator.outside.protocol import Outside, System, system_of
 from orchestrator.settings import Settings
-from orchestrator.yard import connect
+from orchestrator.yard.home import connect
 
 ENV_URL = "TUNEYARD_URL"
 

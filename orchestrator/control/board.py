@@ -19,7 +19,7 @@ from orchestrator.schedule.place import least_room
 from orchestrator.schedule.yard import Yard
 from orchestrator.store.rows import AttemptRow, JobRow, Mark
 
-AVOIDED_S = 30.0
+AVOIDED_S = 10.0
 """For how long a job waits for other nodes than the one on which it failed: a node that is bad becomes suspect."""
 
 

@@ -173,15 +173,15 @@ class Member:
         kill(process for process in of_run(request.run_id) if process.pid in pids)
         return member
 
-    def tick(self, *, healthy: bool = True) -> bool:
+    def tick(self, heard: float | None = None) -> bool:
         """Look once, act if needed; True when no process of this part is left.
 
-        While `healthy` is false the ranks get no heartbeat, so that their leash ends them.
+        `heard` is when the node last heard of its yard, of time.monotonic(), if not now: what ranks' leash counts from.
         """
         if self.ended:
             return True
-        if healthy and not self._bereft:
-            self._beat()
+        if not self._bereft:
+            self._beat(heard)
         now = time.time()
         if not self._bereft:
             self._see_ranks()
@@ -209,10 +209,10 @@ class Member:
                 self._finish(self.launcher.wait() if self.launcher else None)
         return self.ended
 
-    def _beat(self, *, force: bool = False) -> None:
+    def _beat(self, heard: float | None = None, *, force: bool = False) -> None:
         now = time.monotonic()
         if force or now - self._beat_at >= HEARTBEAT_S:
-            write_atomically(self.files.heartbeat(self.request.node_index), repr(now))
+            write_atomically(self.files.heartbeat(self.request.node_index), repr(now if heard is None else heard))
             self._beat_at = now
             for witness in self._witnesses.values():
                 witness.look()

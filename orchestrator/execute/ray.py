@@ -59,6 +59,11 @@ class RayExecutor:
         self._asked: Future[list[dict[str, Any]]] | None = None
         self._lock = threading.Lock()
 
+    @property
+    def head(self) -> str:
+        """host:port of Ray's."""
+        return str(ray.get_runtime_context().gcs_address)
+
     def nodes(self) -> list[Node]:
         seen = self._seen()
         nodes = [_node(entry) for entry in seen if entry["Alive"]]

@@ -1,7 +1,7 @@
 """The node agent of a Ray yard: one detached actor a node, which holds that node's part of every attempt.
 
-It lives as long as its raylet. When the raylet is gone the node counts as lost, so the agent gives no heartbeat any
-more, ends what it holds and leaves; ranks that outlive it are ended by their leash.
+It lives as long as its raylet. When the raylet is gone the node counts as lost, so the agent ends what it holds and
+leaves; ranks that outlive it are ended by their leash, and so are those of a node that is cut off (contact.py).
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import threading
 import time
 from collections.abc import Sequence
 
+import ray
+
 from launch.attempt import AttemptFiles, write_atomically
 from launch.checkpoint.copies import SWEEP_S, sweep
 from launch.contract import RunContract
 from orchestrator.cluster.status import NodeReport, ProbeReport, ProbeRequest, StandbyReport
+from orchestrator.execute.contact import Contact
 from orchestrator.execute.local import free_ports, log_path, probed
 from orchestrator.execute.member import Member
 from orchestrator.execute.probes import Probes
@@ -30,6 +33,7 @@ class NodeAgent:
 
     def __init__(self, standbys: int = 0) -> None:
         self._raylet = os.getppid()
+        self._contact = Contact(ray.get_runtime_context().gcs_address)
         self._members: dict[str, Member] = {}
         self._seen: set[str] = set()
         """Runs that it has started, or has seen not to be left behind by another agent."""
@@ -70,6 +74,7 @@ class NodeAgent:
     def report(self, parts: Sequence[tuple[str, int, int]]) -> list[NodeReport]:
         """What is known of this node's parts, each a contract as JSON, the node's index in it, and from which byte of
         rank 0's progress on there may be news. What an agent before this one has left behind is ended."""
+        self._contact.heard()
         contracts = [(RunContract.model_validate_json(text), index, offset) for text, index, offset in parts]
         for contract, index, _ in contracts:
             self._inherit(contract, index)
@@ -99,28 +104,29 @@ class NodeAgent:
 
     def _watch(self) -> None:
         while os.getppid() == self._raylet:
-            self._tick(healthy=True)
+            self._tick()
+            with self._lock:
+                self._standbys.tick()
             if time.monotonic() >= self._sweep_at:
                 sweep(time.time())
                 self._sweep_at = time.monotonic() + SWEEP_S
             time.sleep(TICK_S)
         self._standbys.close()
         self._probes.close()
+        self._contact.close()
         # The node is lost: another attempt may start as soon as these ranks are gone, so they go now.
         for member in list(self._members.values()):
             files = AttemptFiles(member.request.run_dir)
             write_atomically(files.stop, '{"reason": "the node lost its raylet", "deadline": 0}')
         while self._members:
-            self._tick(healthy=False)
+            self._tick()
             time.sleep(TICK_S)
         os._exit(0)
 
-    def _tick(self, *, healthy: bool) -> None:
+    def _tick(self) -> None:
         with self._lock:
             members = list(self._members.items())
-            if healthy:
-                self._standbys.tick()
         for run_id, member in members:
-            if member.tick(healthy=healthy):
+            if member.tick(self._contact.last):
                 with self._lock:
                     self._members.pop(run_id, None)

@@ -47,11 +47,15 @@ def serve(settings: Settings, executor_name: str, address: str) -> None:
     token = ensure_token(settings)
     store = Store(settings.url)
     store.prepare()
-    executor = _executor(executor_name, address, settings)
+    executor, head = _executor(executor_name, address, settings)
     controller = Controller(store, executor, settings)
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(controller, token), host=settings.host, port=settings.port, log_level="warning", access_log=False
+            create_app(controller, token, head),
+            host=settings.host,
+            port=settings.port,
+            log_level="warning",
+            access_log=False,
         )
     )
     collect_seldom()
@@ -76,14 +80,16 @@ def serve(settings: Settings, executor_name: str, address: str) -> None:
         store.close()
 
 
-def _executor(name: str, address: str, settings: Settings) -> Executor:
+def _executor(name: str, address: str, settings: Settings) -> tuple[Executor, str | None]:
+    """And where Ray's head is, if there is one."""
     if name == "local":
         from orchestrator.execute.local import LocalExecutor
 
-        return LocalExecutor(settings.cpu_slots, standbys=settings.standbys, memory_gb=settings.memory_gb)
+        return LocalExecutor(settings.cpu_slots, standbys=settings.standbys, memory_gb=settings.memory_gb), None
     from orchestrator.execute.ray import RayExecutor
 
-    return RayExecutor(address, settings.standbys)
+    executor = RayExecutor(address, settings.standbys)
+    return executor, executor.head
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any
@@ -94,10 +95,14 @@ def administer(guarded: APIRouter, controller: Controller) -> None:
     @guarded.get("/nodes")
     def nodes() -> list[NodeView]:
         seen, marks = executor.nodes(), {mark.name: mark for mark in store.node_marks()}
-        capacity = Capacity.of(seen, (attempt.held for attempt in store.live_attempts()))
+        held = [attempt.held for attempt in store.live_attempts()]
+        capacity, busy = Capacity.of(seen, held), Counter[str]()
+        for share in (share for placement in held for share in placement.shares):
+            busy[share.node] += share.processes
         standbys = executor.standbys()
         return [
-            _node_view(node, capacity, marks.get(node.name), standbys.get(node.id, StandbyReport())) for node in seen
+            _node_view(node, capacity, busy[node.id], marks.get(node.name), standbys.get(node.id, StandbyReport()))
+            for node in seen
         ]
 
     def mark(name: str, what: Mark, body: dict[str, Any] | None) -> MarkView:
@@ -153,10 +158,11 @@ def queue_views(rows: Sequence[QueueRow], uses: dict[str, QueueUse]) -> list[Que
     ]
 
 
-def _node_view(node: Node, capacity: Capacity, mark: NodeMark | None, standbys: StandbyReport) -> NodeView:
+def _node_view(node: Node, capacity: Capacity, busy: int, mark: NodeMark | None, standbys: StandbyReport) -> NodeView:
     return NodeView(
         **node.model_dump(),
         free=0 if mark is not None else capacity.free(node),
+        busy=busy,
         standbys=standbys,
         mark=None if mark is None else mark.mark.value,
         mark_reason=None if mark is None else mark.reason,

@@ -44,6 +44,7 @@ from orchestrator.schedule.gang import Gang
 from orchestrator.schedule.place import room_for
 from orchestrator.serve.administration import administer
 from orchestrator.serve.goodput import keep_accounts
+from orchestrator.serve.joining import let_join
 from orchestrator.serve.names import JobId
 from orchestrator.serve.outlook import foresee
 from orchestrator.serve.views import attempt_view, job_view
@@ -112,8 +113,9 @@ class PriorityChange(Section):
     priority: Priority
 
 
-def create_app(controller: Controller, token: str) -> FastAPI:
-    """The application; requests read the database, and wake the controller when they changed it."""
+def create_app(controller: Controller, token: str, head: str | None = None) -> FastAPI:
+    """The application; requests read the database, and wake the controller when they changed it. `head` is where other
+    machines find Ray's, host:port, if they do."""
     app = FastAPI(title="Tuneyard", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     store, executor = controller.store, controller.executor
 
@@ -293,6 +295,7 @@ def create_app(controller: Controller, token: str) -> FastAPI:
     administer(guarded, controller)
     foresee(guarded, controller)
     keep_accounts(guarded, controller)
+    let_join(guarded, controller, head)
     app.include_router(guarded)
     return app
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from orchestrator.settings import Settings
 from orchestrator.views import AttemptView
-from orchestrator.yard import connect
+from orchestrator.yard.home import connect
 from tests.worlds import write_bert, write_messages
 from tests.yards import Yard, a_yard, kill, until
 

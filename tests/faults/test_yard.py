@@ -19,7 +19,7 @@ from launch.attempt import ExitCode
 from orchestrator.execute.local import free_port
 from orchestrator.serve.secret import API_TOKEN
 from orchestrator.settings import Settings
-from orchestrator.yard import environment
+from orchestrator.yard.record import environment
 from tests.redis import a_redis
 from tests.worlds import write_bert, write_messages
 from tests.yards import Yard, a_yard, kill, until

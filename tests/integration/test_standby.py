@@ -25,7 +25,7 @@ from orchestrator.execute.member import LaunchRequest, Member
 from orchestrator.execute.processes import carrying, of_run
 from orchestrator.execute.request import build_request
 from orchestrator.execute.standby import LATE, Ordered, Standby, Standbys, node_environment
-from orchestrator.yard import ENV_YARD
+from orchestrator.yard.record import ENV_YARD
 from tests.worlds import a_contract, a_plan, a_spec, start, write_bert, write_messages
 from tests.yards import a_yard
 

@@ -10,7 +10,7 @@ import pytest
 from orchestrator.errors import SettingsError, YardError
 from orchestrator.serve.secret import API_TOKEN, RAY_TOKEN, ensure_secret, ensure_token
 from orchestrator.settings import Settings
-from orchestrator.yard import YardRecord, as_json, environment, read_yard
+from orchestrator.yard.record import YardRecord, as_json, environment, read_yard
 
 
 def test_variables_win_over_defaults_and_arguments_over_variables(monkeypatch: pytest.MonkeyPatch) -> None:

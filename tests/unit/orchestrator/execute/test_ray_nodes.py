@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from launch.contract import NodeShare, RunContract
@@ -9,7 +11,8 @@ from orchestrator.cluster.gpus import KNOWN
 from orchestrator.cluster.model import CORES_LABEL, MEMORY_LABEL, NAME_LABEL, START_LABEL, Gpu
 from orchestrator.execute.ray import GPU_TYPE_LABEL, _node
 from orchestrator.memory.plan import plan
-from orchestrator.yard import _labels
+from orchestrator.settings import Settings
+from orchestrator.yard.nodes import ray_start
 from tests.builders import a_command_job
 
 
@@ -27,11 +30,14 @@ def test_a_node_without_labels_is_named_by_its_host() -> None:
     assert node.memory_bytes == 1_000_000_000  # what Ray has
 
 
-def test_the_labels_that_a_yard_gives_are_those_that_are_read() -> None:
-    given = _labels(2, 16, 5_000, "e0").removeprefix("--labels=")
-    node = _node(an_entry({"CPU": 4.0}, dict(pair.split("=") for pair in given.split(","))))
-    assert (node.name, node.cores, node.cpu_slots) == ("node-2", 16, 4)
-    assert node.memory_bytes == 5_000
+def test_the_labels_that_a_yard_gives_are_those_that_are_read(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, cpu_slots=3, memory_gb=10)
+    command = ray_start(settings, tmp_path, {NAME_LABEL: "node-2", START_LABEL: "e0"}, share=2)
+    (given,) = [word.removeprefix("--labels=") for word in command if word.startswith("--labels=")]
+    assert "--num-cpus=3" in command
+    node = _node(an_entry({"CPU": 3.0}, dict(pair.split("=") for pair in given.split(","))))
+    assert (node.name, node.cores, node.cpu_slots) == ("node-2", os.cpu_count(), 3)
+    assert node.memory_bytes == 5_000_000_000
     assert set(node.labels) == {NAME_LABEL, CORES_LABEL, MEMORY_LABEL, START_LABEL}
 
 

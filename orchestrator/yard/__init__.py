@@ -1,0 +1,1 @@
+"""A yard as a whole: its processes on this machine, and the machines that have joined it."""
