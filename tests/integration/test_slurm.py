@@ -48,6 +48,11 @@ class Home(Yard):
         job: str = self.json("submit", "--to", "slurm", str(path), *more)["job"]
         return job
 
+    def wait(self, job: str) -> Any:
+        """What came of it."""
+        done = self.run("wait", job, "-q", "-o", "json", check=False, timeout=800)
+        return json.loads(done.stdout)
+
     def folder(self, job: str) -> Path:
         slurm_id, _, index = job.removeprefix("slurm:").partition("_")
         handed = json.loads((self.home / "slurm" / f"{slurm_id}.json").read_text())
@@ -121,7 +126,7 @@ def on_a_yard(training: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def test_two_nodes_train_as_a_yard_does(home: Home, training: Path, on_a_yard: Any) -> None:
     losses, metrics = on_a_yard
     job = home.hand_over(training, "--with", "nodes=2")
-    result = home.json("wait", job, "-q")
+    result = home.wait(job)
     assert (result["state"], result["attempts"], result["engine"]) == ("succeeded", 1, "zero2")
     assert curve(home.files_of(job).progress(0)) == pytest.approx(losses, abs=1e-6)
     assert result["metrics"] == pytest.approx(metrics, abs=1e-6)
@@ -142,7 +147,7 @@ def test_before_the_time_limit_it_saves_is_requeued_and_goes_on(home: Home, trai
     # What `--signal=B:USR1@N` sends, and when it is the time limit's turn to send it, is a slow test.
     home.slurm.run("scancel", "--batch", "--signal=USR1", job.removeprefix("slurm:"))
     until(lambda: home.restarts(job) == 1)
-    result = home.json("wait", job, "-q")
+    result = home.wait(job)
     assert (result["state"], result["attempts"]) == ("succeeded", 2)
     first, second = (curve(home.files_of(job, attempt).progress(0)) for attempt in (1, 2))
     assert 3 <= max(first) < STEPS
@@ -166,7 +171,7 @@ def test_scancel_leaves_no_process(home: Home) -> None:
     until(lambda: not home.processes(job))
     until(lambda: home.state(job) == "cancelled")
     assert home.restarts(job) == 0
-    assert home.json("wait", job, "-q", check=False)["state"] == "cancelled"
+    assert home.wait(job)["state"] == "cancelled"
     assert home.json("cancel", job)["state"] == "cancelled"  # again: the same
 
 
@@ -187,7 +192,7 @@ def test_an_array_of_four(home: Home) -> None:
     assert [job["job"] for job in handed["jobs"]] == [f"{array}_{index}" for index in range(4)]
     told = home.run("describe", array).stdout
     assert f"{array}_3" in told
-    assert "%2" in home.slurm.run("scontrol", "show", "job", array.removeprefix("slurm:")) or True
+    assert "%2" in (home.slurm.run("scontrol", "write", "batch_script", array.removeprefix("slurm:"), "-"))
     done = home.run("wait", array, "-q", "-o", "json", check=False)
     assert done.returncode == 1
     jobs = json.loads(done.stdout)["jobs"]
@@ -226,9 +231,9 @@ def test_a_crash_is_tried_again_and_a_users_fault_is_not(home: Home) -> None:
             retry={"max_restarts": 3, "rules": [{"exit_code": 75, "then": "fail"}]},
         )
     )  # fmt: skip
-    again = home.json("wait", crashing, "-q")
+    again = home.wait(crashing)
     assert (again["state"], again["attempts"], home.restarts(crashing)) == ("succeeded", 2, 0)
-    failed = home.json("wait", broken, "-q", check=False)
+    failed = home.wait(broken)
     assert (failed["state"], failed["attempts"], home.restarts(broken)) == ("failed", 1, 0)
     assert (
         f"tuneyard logs {broken} --rank 0" in failed["error"]["hint"] or "its output is in" in failed["error"]["hint"]
@@ -239,5 +244,5 @@ def test_a_rendered_script_is_submitted_by_hand_once(home: Home) -> None:
     script = home.home / "job.sbatch"
     script.write_text(home.run("render", "slurm", str(home.job_file(name="hand", run=["true"]))).stdout)
     first, second = (home.slurm.run("sbatch", "--parsable", str(script)).strip() for _ in range(2))
-    assert home.json("wait", f"slurm:{first}", "-q")["state"] == "succeeded"
+    assert home.wait(f"slurm:{first}")["state"] == "succeeded"
     until(lambda: "submitted-twice" in (home.home / "slurm" / f"{second}.out").read_text())
