@@ -209,29 +209,13 @@ class Batch:
 
     def _reason(self, row: JobRow) -> Reason:
         """Why the job is where it is, in words of its own for what is a pause to the controller alone."""
-        told = self._said_otherwise(row.reason.code)
+        told = _said_otherwise(row.reason.code, "the time limit comes" if self._warned else "Slurm ends this run")
         if told is None:
             return row.reason
         if row.reason.code == ReasonCode.PAUSED:
             told += f", and it ended badly: {row.error['message']}" if row.error is not None else ""
             told += f"; its last checkpoint is of step {row.checkpoint.step}" if row.checkpoint is not None else ""
         return Reason(code=row.reason.code, sentence=told)
-
-    def _said_otherwise(self, code: str) -> str | None:
-        why = "the time limit comes" if self._warned else "Slurm ends this run"
-        return {
-            ReasonCode.PAUSE_REQUESTED.value: f"{why}: its ranks save at their next step, and end",
-            ReasonCode.PAUSED.value: f"{why}: it waits for another run",
-            ReasonCode.RESUMED.value: "goes on in another run",
-        }.get(code)
-
-    def _event(self, row: EventRow) -> EventView:
-        """An event as it is told, with the same words."""
-        event, reason = EventView.model_validate(row.model_dump()), row.data.get("reason")
-        told = self._said_otherwise(reason["code"]) if isinstance(reason, dict) else None
-        if told is None or reason is None:
-            return event
-        return event.model_copy(update={"data": row.data | {"reason": {"code": reason["code"], "sentence": told}}})
 
     def _stay(self, row: JobRow, sentence: str, remedy: str) -> int:
         self._tell(row, Reason(code=ReasonCode.HELD, sentence=sentence, remedy=remedy))
@@ -250,7 +234,7 @@ class Batch:
         attempts = self._store.attempts(row.id)
         after = self._events[-1].id if self._events else 0
         new = self._store.events(row.id, after, MAX_EVENTS)
-        self._events = [*self._events, *map(self._event, new)][-MAX_EVENTS:]
+        self._events = [*self._events, *map(_event, new)][-MAX_EVENTS:]
         status = Status(
             job=job_view(row, attempts).model_copy(update={"reason": reason}),
             attempts=tuple(attempt_view(attempt) for attempt in attempts),
@@ -260,6 +244,24 @@ class Batch:
         if status != self._told:
             self._told = status
             write_atomically(self._files.status, status)
+
+
+def _said_otherwise(code: str, why: str) -> str | None:
+    """A sentence for what is a pause to the controller alone; None for everything else."""
+    return {
+        ReasonCode.PAUSE_REQUESTED.value: f"{why}: its ranks save at their next step, and end",
+        ReasonCode.PAUSED.value: f"{why}: it waits for another run",
+        ReasonCode.RESUMED.value: "goes on in another run",
+    }.get(code)
+
+
+def _event(row: EventRow) -> EventView:
+    """An event as it is told, maybe of an earlier run."""
+    event, reason = EventView.model_validate(row.model_dump()), row.data.get("reason")
+    told = _said_otherwise(reason["code"], "this run ends") if isinstance(reason, dict) else None
+    if told is None or reason is None:
+        return event
+    return event.model_copy(update={"data": row.data | {"reason": {"code": reason["code"], "sentence": told}}})
 
 
 def _settings(run: Run) -> Settings:

@@ -158,7 +158,7 @@ def test_before_the_time_limit_it_saves_is_requeued_and_goes_on(home: Home, trai
     assert told["failures"] == 0
     assert [attempt["outcome"] for attempt in told["attempts"]] == ["stopped", "succeeded"]
     sentences = [event["data"].get("reason", {}).get("sentence", "") for event in told["events"]]
-    assert any(sentence.startswith("the time limit comes") for sentence in sentences)
+    assert any(sentence.startswith("this run ends") for sentence in sentences)
     assert home.processes(job) == []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launch.contract import Device, ExecutionPlan
 from orchestrator.cluster.model import Gpu, Node
@@ -74,17 +74,37 @@ def shape_of(job: AnyJob, sizing: str | None, nodes: Sequence[Node], options: Sl
         ImpossibleGangError: they are too few, or none is of the accelerator that it asks for.
         DoesNotFitError: none has the memory.
     """
-    spots = _spots(job, nodes, options)
-    for wish in _wishes(job, sizing, spots):
-        found = [
-            (count, kind)
-            for kind, some in spots.items()
-            if (kind is None) == (wish.device == "cpu") and (count := _count(some, wish, options.nodes))
-        ]
-        if found:
-            count, kind = min(found, key=lambda one: one[0])
-            return _shape(wish, count, kind, spots[kind], options)
+    spots, misfit = _spots(job, nodes, options), None
+    for most in _most_on_a_node(job, spots, options):
+        some = {kind: [replace(one, slots=min(one.slots, most)) for one in those] for kind, those in spots.items()}
+        wishes = _wishes(job, sizing, some)
+        if isinstance(wishes, str):
+            misfit = misfit or wishes
+            continue
+        for wish in wishes:
+            found = [
+                (count, kind)
+                for kind, those in some.items()
+                if (kind is None) == (wish.device == "cpu") and (count := _count(those, wish, options.nodes))
+            ]
+            if found:
+                count, kind = min(found, key=lambda one: one[0])
+                return _shape(wish, count, kind, spots[kind], options)
+    if misfit is not None:
+        raise DoesNotFitError(misfit, hint="`tuneyard plan` tells the nearest change that fits")
     raise _impossible(job, spots, options, where)
+
+
+def _most_on_a_node(job: AnyJob, spots: Mapping[Kind, Sequence[_Spot]], options: SlurmOptions) -> Iterator[int]:
+    """How many processes to let onto a node: as many as it takes, then ever fewer, since each has more memory then."""
+    high = job.resources.bounds[1]
+    if options.nodes is not None:
+        yield -(-high // options.nodes)
+        return
+    most = min(high, max((one.slots for some in spots.values() for one in some), default=0))
+    while most:
+        yield most
+        most //= 2
 
 
 def _spots(job: AnyJob, nodes: Sequence[Node], options: SlurmOptions) -> dict[Kind, list[_Spot]]:
@@ -101,10 +121,10 @@ def _spots(job: AnyJob, nodes: Sequence[Node], options: SlurmOptions) -> dict[Ki
     return found
 
 
-def _wishes(job: AnyJob, sizing: str | None, spots: Mapping[Kind, Sequence[_Spot]]) -> Iterator[_Wish]:
-    """Ways to run, best first; by numbers of processes alone where nobody knows what they need."""
+def _wishes(job: AnyJob, sizing: str | None, spots: Mapping[Kind, Sequence[_Spot]]) -> Sequence[_Wish] | str:
+    """Ways to run, best first, by numbers of processes alone where nobody knows their needs; or why there is none."""
     nodes = [
-        one.node.model_copy(update={"cpu_slots": one.slots, "gpus": _of_kind(one.node, kind)})
+        one.node.model_copy(update={"cpu_slots": one.slots, "gpus": _of_kind(one.node, kind)[: one.slots]})
         for kind, some in spots.items()
         for one in some
     ]
@@ -112,16 +132,16 @@ def _wishes(job: AnyJob, sizing: str | None, spots: Mapping[Kind, Sequence[_Spot
     known = ways(dump_job(job), sizing, kinds) if sizing is not None and kinds else None
     if known is not None:
         if known.misfit is not None:
-            raise DoesNotFitError(known.misfit, hint="`tuneyard plan` tells the nearest change that fits")
-        for option in known.options:
-            yield _Wish(option.processes, option.device, option.need.host_bytes, option.plan)
-        return
+            return known.misfit
+        return [_Wish(one.processes, one.device, one.need.host_bytes, one.plan) for one in known.options]
     low, high = (1, 1) if job.strategy == "single" else job.resources.bounds
     devices: list[Device] = ["cuda"] if any(kind is not None for kind in spots) else []
     devices += ["cpu"] if None in spots else []
-    for processes in range(high, low - 1, -1):
-        for device in devices:
-            yield _Wish(processes, device, 0, plan(job, processes, device))
+    return [
+        _Wish(processes, device, 0, plan(job, processes, device))
+        for processes in range(high, low - 1, -1)
+        for device in devices
+    ]
 
 
 def _of_kind(node: Node, kind: Kind) -> tuple[Gpu, ...]:
