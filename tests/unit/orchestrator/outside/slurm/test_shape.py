@@ -14,7 +14,7 @@ from orchestrator.memory.options import kinds_of, ways
 from orchestrator.memory.sizing import sizing_of
 from orchestrator.outside.slurm.commands import parse_node
 from orchestrator.outside.slurm.options import SlurmOptions
-from orchestrator.outside.slurm.shape import BESIDE, MIB, ROOM, Shape, shape_of
+from orchestrator.outside.slurm.shape import BESIDE, MIB, Shape, shape_of
 from tests.builders import a_command_job, a_training_job
 
 
@@ -114,14 +114,13 @@ def test_memory_decides_how_many_go_onto_a_node() -> None:
     roomy = shaped(job, nodes(memory=256_000), sizing)
     assert (roomy.nodes, roomy.per_node) == (1, 2)
     assert roomy.memory_mb is not None
-    a_process = (roomy.memory_mb * MIB - BESIDE) // (2 * ROOM)
-    tight = shaped(job, nodes(memory=int(1.4 * a_process / MIB)), sizing)
-    assert (tight.nodes, tight.per_node) == (2, 1)
-    assert tight.memory_mb is not None
-    assert tight.memory_mb <= 1.4 * a_process / MIB  # not more than there is
     spread = shaped(job, nodes(memory=256_000), sizing, nodes=2)
     assert (spread.nodes, spread.per_node) == (2, 1)
-    assert spread.memory_mb == (roomy.memory_mb + BESIDE // MIB) // 2
+    assert spread.memory_mb == pytest.approx((roomy.memory_mb + BESIDE // MIB) / 2, abs=1)
+    tight = shaped(job, nodes(memory=20_000), sizing)
+    assert (tight.nodes, tight.per_node) == (2, 1)
+    assert tight.memory_mb is not None
+    assert tight.memory_mb <= 20_000
     with pytest.raises(DoesNotFitError):
         shaped(job, nodes(memory=400), sizing)
 
