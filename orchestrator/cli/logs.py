@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from orchestrator.client import Client
     from orchestrator.outside.protocol import Outside
 
-POLL_S = 0.5
+POLL_S, OUTSIDE_POLL_S = 0.5, 3.0
 
 
 def logs(
@@ -24,9 +24,11 @@ def logs(
 ) -> None:
     """Print a rank's log."""
     from orchestrator.cli.yard import holder
+    from orchestrator.client import Client
 
     wanted = None if launcher else (rank or 0)
     with holder(job) as place:
+        pause = POLL_S if isinstance(place, Client) else OUTSIDE_POLL_S
         if not follow:
             _print(place, job, wanted, attempt, 0)
             return
@@ -40,7 +42,7 @@ def logs(
                 offset = _print(place, job, wanted, number, offset)
             if view.state.final:
                 return
-            time.sleep(POLL_S)
+            time.sleep(pause)
 
 
 def _print(place: Client | Outside, job: str, rank: int | None, attempt: int | None, offset: int) -> int:

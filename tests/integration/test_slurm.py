@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,12 @@ import pytest
 
 from launch.attempt import ENV_RUN_ID, AttemptFiles
 from orchestrator.execute.processes import carrying
+from orchestrator.yard.joined import ENV_NODE
+from orchestrator.yard.record import ENV_YARD
 from tests.slurm import Slurm, a_slurm, why_not
 from tests.worlds import write_bert, write_messages
-from tests.yards import Yard, until
+from tests.yards import Yard
+from tests.yards import until as until_soon
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=why_not() or ""),
@@ -27,6 +33,10 @@ STEPS = 100
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(1000)"
 )
+
+
+until = partial(until_soon, seconds=600)
+"""On a loaded machine everything takes long."""
 
 
 @pytest.fixture(scope="module")
@@ -246,3 +256,86 @@ def test_a_rendered_script_is_submitted_by_hand_once(home: Home) -> None:
     first, second = (home.slurm.run("sbatch", "--parsable", str(script)).strip() for _ in range(2))
     assert home.wait(f"slurm:{first}")["state"] == "succeeded"
     until(lambda: "submitted-twice" in (home.home / "slurm" / f"{second}.out").read_text())
+
+
+# What takes minutes.
+
+
+@pytest.mark.slow
+def test_a_real_time_limit(home: Home, training: Path) -> None:
+    longer = ("--set", "train.max_steps=3000")
+    home.run("run", "-q", str(training), *longer, timeout=1500)
+    (progress,) = home.home.glob("runs/*/jobs/*/attempt-1/rank-0/progress.jsonl")
+    undisturbed = curve(progress)
+    limits = ("--with", "nodes=2", "--with", "time=2m", "--with", "warning=60s")
+    job = home.hand_over(training, *longer, *limits)
+    result = home.wait(job)
+    assert result["state"] == "succeeded"
+    assert result["attempts"] == home.restarts(job) + 1 >= 2
+    told = home.json("describe", job)
+    assert [attempt["outcome"] for attempt in told["attempts"][:-1]] == ["stopped"] * home.restarts(job)
+    curves = [curve(home.files_of(job, attempt["number"]).progress(0)) for attempt in told["attempts"]]
+    assert sum(map(len, curves)) == 3000  # no step is lost, none is taken twice
+    assert {step: loss for each in curves for step, loss in each.items()} == pytest.approx(undisturbed, abs=1e-5)
+    assert home.processes(job) == []
+
+
+@pytest.mark.slow
+def test_a_node_that_fails(home: Home, training: Path, on_a_yard: Any) -> None:
+    losses, metrics = on_a_yard
+    often = ("--set", "checkpoint.every_steps=5", "--set", "retry.max_restarts=1")
+    job = home.hand_over(training, *often, "--with", "nodes=2")
+    until(lambda: home.step(job) >= 12)
+    home.slurm.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    try:
+        until(lambda: home.restarts(job) == 1)
+    finally:
+        home.slurm.run("scontrol", "update", "nodename=n2", "state=resume")
+    result = home.wait(job)
+    assert (result["state"], result["attempts"]) == ("succeeded", 2)
+    first, second = (curve(home.files_of(job, attempt).progress(0)) for attempt in (1, 2))
+    assert 5 <= min(second) <= max(first) + 1
+    assert {**first, **second} == pytest.approx(losses, abs=1e-6)
+    assert result["metrics"] == pytest.approx(metrics, abs=1e-6)
+    assert home.processes(job) == []
+
+
+@pytest.mark.slow
+def test_a_yard_in_an_allocation(slurm: Slurm) -> None:
+    with tempfile.TemporaryDirectory(prefix="ty-", ignore_cleanup_errors=True) as folder:
+        home = Home(Path(folder), slurm)
+        script = home.home / "yard.sbatch"
+        script.write_text(
+            "#!/bin/bash\n"
+            f"{sys.executable} -m orchestrator up --in-slurm && touch {home.home}/up\n"
+            f"while [ ! -e {home.home}/over ]; do sleep 0.2; done\n"
+            f"{sys.executable} -m orchestrator down --force\n"
+        )
+        first = allocated(home, script)
+        assert {node["name"] for node in home.json("nodes")} == {"node-0", "n2"}
+        assert {node["cpu_slots"] for node in home.json("nodes")} == {2}
+        job = home.submit(home.ticker("wide", processes=4))
+        until(lambda: all(home.ticks(job, rank=rank) for rank in range(4)))
+        yard, nodes = home.record.id, sorted(home.home.glob("slurm-nodes/*/node.json"))
+        node = json.loads(nodes[0].read_text())["id"]
+        home.slurm.run("scancel", first)
+        until(lambda: not (carrying(ENV_YARD, yard) or carrying(ENV_NODE, node) or home.left_of(job)))
+        until(lambda: home.slurm.run("squeue", "--noheader").strip() == "")
+        (home.home / "up").unlink()
+        allocated(home, script)  # the next one goes on with what was running
+        until(lambda: home.ticks(job, attempt=2))
+        again = home.record.id
+        home.run("cancel", job, "--wait")
+        (home.home / "over").touch()
+        until(lambda: home.slurm.run("squeue", "--noheader").strip() == "")
+        assert carrying(ENV_YARD, again) == []
+
+
+def allocated(home: Home, script: Path) -> str:
+    """Slurm's id of an allocation of both nodes with a yard in it."""
+    ask = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", f"--chdir={home.home}")
+    done = subprocess.run(
+        ["sbatch", "--parsable", *ask, str(script)], env=home.env, capture_output=True, text=True, check=True
+    )
+    until((home.home / "up").exists)
+    return done.stdout.strip()

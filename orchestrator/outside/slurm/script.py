@@ -71,6 +71,7 @@ def script_of(
             f"# Tuneyard {__version__}: {_told(jobs, shape)}",
             *(f"#SBATCH {line}" for line in _directives(jobs, shape, run, options, times)),
             "",
+            "trap '' USR1  # a warning that comes before there is somebody to listen ends nothing",
             *options.setup,
             "# The controller of this one job: it starts the ranks by srun, and again after what another attempt may",
             "# mend, and before the time limit it saves and requeues. What follows is the job.",

@@ -29,7 +29,8 @@ def view_of(
     view = _told(handed, index, status)
     state, reason = _state(view, status, row, cancelled, now)
     view = view.model_copy(update={"state": state, "reason": reason})
-    update: dict[str, Any] = {"id": job_id, "array_id": f"{PREFIX}{handed.id}" if handed.is_array else None}
+    array_id = f"{PREFIX}{handed.id}" if handed.is_array else None
+    update: dict[str, Any] = {"id": job_id, "array_id": array_id, "submitted_at": handed.submitted_at}
     if not state.final:
         update |= {"finished_at": None}
     elif view.finished_at is None and status is not None and status.events:
