@@ -28,10 +28,10 @@ def logs(
 
     wanted = None if launcher else (rank or 0)
     with holder(job) as place:
-        pause = POLL_S if isinstance(place, Client) else OUTSIDE_POLL_S
         if not follow:
             _print(place, job, wanted, attempt, 0)
             return
+        pause = POLL_S if isinstance(place, Client) else OUTSIDE_POLL_S
         number, offset = attempt, 0
         while True:
             view = place.job(job)
