@@ -31,7 +31,8 @@ MAX_DIGITS = 100
 
 @dataclass
 class Document:
-    """A parsed file: `data` holds JSON types only, `lines` maps a field path to its 1-based line."""
+    """A parsed file: `data` holds JSON types only, `lines` maps a field path to its 1-based line, `overrides` to the
+    option that wrote it, as it was given."""
 
     path: Path | None
     data: dict[str, Any]
@@ -52,7 +53,7 @@ class Document:
         named = dotted(where) or None
         for path, override in self.overrides.items():
             if path == where[: len(path)] or (where == path[: len(where)] and where not in self.lines):
-                return SpecError(message, code=code, field=named, hint=hint, file=f"--set {override}")
+                return SpecError(message, code=code, field=named, hint=hint, file=override)
         return SpecError(message, code=code, field=named, file=self.path, line=self.line_of(where), hint=hint)
 
 
@@ -281,32 +282,34 @@ class _Builder:
             return int(digits)
 
 
-def apply_override(document: Document, override: str) -> None:
-    """Write one `a.b=value` (the value is YAML, so `[1, 2]`, `null` and `true` work) into `document`.
+def apply_override(document: Document, override: str, flag: str = "--set") -> None:
+    """Write one `a.b=value` (the value is YAML, so `[1, 2]`, `null` and `true` work) into `document`; `flag` is the
+    option that it was given by.
 
     Raises:
         SpecError: no `=`, an empty key, or a path that runs through something that is not a mapping.
     """
+    written = f"{flag} {override}"
     key, equals, text = override.partition("=")
     parts: FieldPath = tuple(key.strip().split("."))
     if not equals or not all(parts):
         raise SpecError(
-            f"--set {override} is not of the form key.sub=value",
+            f"{written} is not of the form key.sub=value",
             code="bad-override",
-            file=f"--set {override}",
+            file=written,
             field=key or None,
-            hint="for example: --set train.learning_rate=3e-5",
+            hint=f"for example: {flag} {'train.learning_rate=3e-5' if flag == '--set' else 'key=value'}",
         )
     try:
         value = parse_document(f"value: {text.strip() or 'null'}").data["value"]
     except SpecError as problem:
         syntax = problem.code == "invalid-yaml"
         raise SpecError(
-            f"--set {override}: the value is not valid YAML" if syntax else f"--set {override}: {problem.message}",
+            f"{written}: the value is not valid YAML" if syntax else f"{written}: {problem.message}",
             code="bad-override",
-            file=f"--set {override}",
+            file=written,
             field=key,
-            hint="quote it for the shell and for YAML: --set 'name=\"a: b\"'" if syntax else problem.hint,
+            hint=f"quote it for the shell and for YAML: {flag} 'name=\"a: b\"'" if syntax else problem.hint,
         ) from problem
     target: Any = document.data
     for depth, part in enumerate(parts[:-1]):
@@ -317,11 +320,11 @@ def apply_override(document: Document, override: str) -> None:
             whole = ".".join(str(part) for part in parts[: depth + 1])
             held = "a list" if isinstance(target, list) else "a plain value"
             raise SpecError(
-                f"--set {override}: `{whole}` holds {held}, so no key can be set inside it",
+                f"{written}: `{whole}` holds {held}, so no key can be set inside it",
                 code="bad-override",
-                file=f"--set {override}",
+                file=written,
                 field=key,
-                hint=f"set `{whole}` as a whole: --set '{whole}=...'",
+                hint=f"set `{whole}` as a whole: {flag} '{whole}=...'",
             )
     target[parts[-1]] = value
-    document.overrides[parts] = override
+    document.overrides[parts] = written

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import httpx
@@ -22,6 +21,7 @@ from orchestrator.errors import (
     UnauthorizedError,
     YardError,
 )
+from orchestrator.follow import follow
 from orchestrator.job.lifecycle import JobState
 from orchestrator.job.spec import AnyJob
 from orchestrator.views import (
@@ -62,8 +62,6 @@ CLASSES: dict[int, type[TuneyardError]] = {
 }
 T = TypeVar("T")
 EVENTS = 1000  # at a time
-POLL_S = 0.3
-AWAY_S = 60.0
 ARRAY_S = 300.0  # a thousand jobs are looked at before they are stored
 ACCOUNTS_S = 300.0  # a second or so for every thousand jobs
 PROBE_TIMEOUT_S = 900.0  # a hung one ends after three minutes, and rounds of neighbours follow
@@ -224,39 +222,18 @@ class Client:
         Raises:
             YardError: it stayed away for a minute, or `timeout` seconds passed before the job ended.
         """
-        yield from self._watch(
+        yield from follow(
             f"job {job_id}", lambda: self.job(job_id), lambda view: view.state.final or view.state in until, timeout
         )
 
     def follow_array(self, array: str, timeout: float | None = None) -> Iterator[list[JobView]]:
         """All jobs of an array again and again until all are final; otherwise as `follow`."""
-        yield from self._watch(
+        yield from follow(
             f"array {array}",
             lambda: self.jobs(limit=MAX_JOBS, array=array),
             lambda views: all(view.state.final for view in views),
             timeout,
         )
-
-    def _watch(
-        self, what: str, look: Callable[[], T], ended: Callable[[T], bool], timeout: float | None
-    ) -> Iterator[T]:
-        start = last = time.monotonic()
-        while True:
-            asked = time.monotonic()
-            try:
-                seen = look()
-                last = time.monotonic()
-                yield seen
-                if ended(seen):
-                    return
-            except (YardError, StoreError, ExecutorError):
-                if time.monotonic() - last > AWAY_S:
-                    raise
-            if timeout is not None and time.monotonic() - start > timeout:
-                raise YardError(
-                    f"{what} has not ended within {timeout:g} s", code="timeout", hint="it goes on; wait again"
-                )
-            time.sleep(max(POLL_S, last - asked))  # what takes the yard long to tell is asked less often
 
     def _ask(self, kind: type[T], method: str, path: str, **arguments: Any) -> T:
         """The answer as a `kind`."""

@@ -54,6 +54,9 @@ class Settings(BaseSettings):
 
     rules: dict[str, bool | float] = {}
     """How the queue is ordered, and who is stopped for whom: JSON of what is to be otherwise, as {"min_run_s": 60}."""
+    outside: dict[str, dict[str, dict[str, Any]]] = {}
+    """What systems that queue jobs themselves are told beside a job, by system and queue, * for every queue: JSON as
+    {"slurm": {"*": {"partition": "gpu"}, "research": {"account": "lab-7"}}}; `--with` wins over it."""
     prices: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     """What an hour of a slot costs, by its kind: JSON as {"H100": 2.5, "cpu": 0.04}. What holds a slot without a price
     has no cost."""

@@ -24,6 +24,7 @@ from orchestrator.cli import (
     probe,
     queue,
     queues,
+    render,
     reproduce,
     run,
     schema,
@@ -70,6 +71,7 @@ app.command("up")(up.up)
 app.command("down")(up.down)
 app.command("unit")(unit.unit)
 app.command("submit")(submit.submit)
+app.command("render")(render.render)
 app.command("ls")(ls.ls)
 app.command("describe")(describe.describe)
 app.command("logs")(logs.logs)

@@ -9,6 +9,7 @@ from itertools import groupby
 import typer
 from rich.markup import escape
 
+from orchestrator.cli.ls import table_of
 from orchestrator.cli.output import Format, Output, age, out, print_json, size, state_text
 from orchestrator.views import AttemptView, EventView, JobView
 
@@ -29,12 +30,16 @@ def describe(
     output: Output = Format.TEXT,
 ) -> None:
     """All about a job: plan, placement, attempts, what happened and why."""
-    from orchestrator.cli.yard import client
+    from orchestrator.cli.yard import holder
+    from orchestrator.outside.protocol import Outside
 
-    with client() as yard:
-        view = yard.job(job)
-        attempts = yard.attempts(job)
-        events = yard.events(job)
+    with holder(job) as place:
+        if isinstance(place, Outside) and place.is_array(job):
+            _array(place.jobs(array=job), output)
+            return
+        view = place.job(job)
+        attempts = place.attempts(job)
+        events = place.events(job)
     if output == Format.JSON:
         data = view.model_dump(mode="json")
         data["attempts"] = [attempt.model_dump(mode="json") for attempt in attempts]
@@ -54,6 +59,14 @@ def describe(
         for name, text in attempts[-1].launch.items():
             out.print(f"[bold]{name}[/bold]")
             out.print(text, markup=False)
+
+
+def _array(views: Sequence[JobView], output: Format) -> None:
+    """An array as a whole: a row an element, each of which has an id to be described by."""
+    if output == Format.JSON:
+        print_json([view.model_dump(mode="json", exclude={"spec", "plan"}) for view in views])
+    else:
+        out.print(table_of(views))
 
 
 def _head(view: JobView) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -12,10 +12,12 @@ from typing import Annotated
 import typer
 
 from launch.document import Document, path_of, read_document
+from launch.git import git_state
 from orchestrator.errors import SpecError, SpecErrors
-from orchestrator.job.array import Element, expand
+from orchestrator.job.array import Element, expand, is_array
 from orchestrator.job.check import check_job
 from orchestrator.job.spec import AnyJob, TrainingJob, load_job
+from orchestrator.outside.protocol import Order
 
 JobFile = Annotated[Path, typer.Argument(metavar="FILE", help="The job file (YAML); write one with `tuneyard init`.")]
 Overrides = Annotated[
@@ -56,11 +58,20 @@ def read_array(document: Document) -> list[Element]:
     return elements
 
 
+def read_order(file: Path, document: Document, options: Sequence[str]) -> Order:
+    """All that a system outside is given of a file that has been read; otherwise as checked_job and read_array."""
+    jobs = [one.job for one in read_array(document)] if is_array(document) else [checked_job(document)]
+    return Order(tuple(jobs), tuple(_sized(jobs)), git_state(file), tuple(options))
+
+
 def read_sizings(elements: Iterable[Element]) -> list[str | None]:
     """What the model of each element needs of memory, as read_sizing."""
-    several = list(elements)
-    found = {key: read_sizing(element.job) for key, element in _distinct(several).items()}
-    return [found[_asks(element.job)] for element in several]
+    return _sized([element.job for element in elements])
+
+
+def _sized(jobs: Sequence[AnyJob]) -> list[str | None]:
+    found = {asks: read_sizing(job) for asks, job in {_asks(job): job for job in jobs}.items()}
+    return [found[_asks(job)] for job in jobs]
 
 
 def _distinct(elements: Iterable[Element]) -> dict[str, Element]:

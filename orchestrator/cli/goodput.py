@@ -40,7 +40,7 @@ def goodput(
         from orchestrator.cli import timeline
 
         timeline.check_plot(plot)
-    with client() as yard:
+    with client(job) as yard:
         view = yard.goodput(last_s, BINS if plot is not None else 0) if job is None else yard.goodput_of(job)
     if plot is not None:
         timeline.draw(plot, view)

@@ -10,8 +10,9 @@ import typer
 
 if TYPE_CHECKING:
     from orchestrator.client import Client
+    from orchestrator.outside.protocol import Outside
 
-POLL_S = 0.5
+POLL_S, OUTSIDE_POLL_S = 0.5, 3.0
 
 
 def logs(
@@ -22,30 +23,32 @@ def logs(
     launcher: bool = typer.Option(False, "--launcher", help="What the launcher printed, before and around the ranks."),
 ) -> None:
     """Print a rank's log."""
-    from orchestrator.cli.yard import client
+    from orchestrator.cli.yard import holder
+    from orchestrator.client import Client
 
     wanted = None if launcher else (rank or 0)
-    with client() as yard:
+    with holder(job) as place:
         if not follow:
-            _print(yard, job, wanted, attempt, 0)
+            _print(place, job, wanted, attempt, 0)
             return
+        pause = POLL_S if isinstance(place, Client) else OUTSIDE_POLL_S
         number, offset = attempt, 0
         while True:
-            view = yard.job(job)
+            view = place.job(job)
             newest = attempt or view.attempts
             if newest and newest != number:
                 number, offset = newest, 0
             if number:
-                offset = _print(yard, job, wanted, number, offset)
+                offset = _print(place, job, wanted, number, offset)
             if view.state.final:
                 return
-            time.sleep(POLL_S)
+            time.sleep(pause)
 
 
-def _print(yard: Client, job: str, rank: int | None, attempt: int | None, offset: int) -> int:
+def _print(place: Client | Outside, job: str, rank: int | None, attempt: int | None, offset: int) -> int:
     """Print the log from `offset` to its end, and return where that is."""
     while True:
-        data, offset = yard.log(job, rank=rank, attempt=attempt, offset=offset)
+        data, offset = place.log(job, rank=rank, attempt=attempt, offset=offset)
         if not data:
             return offset
         sys.stdout.write(data.decode(errors="replace"))

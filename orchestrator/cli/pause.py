@@ -20,7 +20,7 @@ def pause(
     """
     from orchestrator.cli.yard import client
 
-    with client() as yard:
+    with client(job) as yard:
         view = yard.pause(job)
         if wait:
             *_, view = yard.follow(job, until=(JobState.PAUSED,))
@@ -38,7 +38,7 @@ def resume(job: str = typer.Argument(help="The job's id."), output: Output = For
     """Put a paused job back into the queue; it goes on from its newest checkpoint."""
     from orchestrator.cli.yard import client
 
-    with client() as yard:
+    with client(job) as yard:
         view = yard.resume(job)
     if output == Format.JSON:
         print_json(job_json(view))

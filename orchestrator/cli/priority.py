@@ -18,7 +18,7 @@ def priority(
     from orchestrator.cli.yard import client
 
     wanted = int(value) if re.fullmatch(r"[+-]?\d{1,9}", value) else value
-    with client() as yard:
+    with client(job) as yard:
         view = yard.set_priority(job, wanted)
     if output == Format.JSON:
         print_json(job_json(view) | {"priority": view.priority})

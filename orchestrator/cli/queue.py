@@ -61,7 +61,7 @@ def why(job: str = typer.Argument(help="The job's id."), output: Output = Format
     """Why a job is where it is, what would let it start, and when that is expected."""
     from orchestrator.cli.yard import client
 
-    with client() as yard:
+    with client(job) as yard:
         view = yard.why(job)
     if output == Format.JSON:
         print_json(view.model_dump(mode="json"))

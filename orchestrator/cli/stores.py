@@ -64,13 +64,13 @@ def locate(target: str) -> Catalogue:
 
 
 def _directory_of_job(name: str) -> str:
-    from orchestrator.cli.yard import client
+    from orchestrator.cli.yard import holder
 
-    with client() as yard:
+    with holder(name) as place:
         try:
-            job = yard.job(name).id
+            job = place.job(name).id
         except NotFoundError as problem:
-            named = [view.id for view in yard.jobs(limit=10_000) if view.name == name]
+            named = [view.id for view in place.jobs(limit=10_000) if view.name == name]
             if not named:
                 hint = "see `tuneyard ls`; a directory is written with a slash: ./checkpoints"
                 raise NotFoundError(problem.message, field="target", hint=hint) from problem
@@ -81,7 +81,7 @@ def _directory_of_job(name: str) -> str:
                     hint=f"say which: {_few(named[::-1])}",
                 ) from problem
             job = named[0]
-        attempts = yard.attempts(job)
+        attempts = place.attempts(job)
     if not attempts or attempts[-1].checkpoint_dir is None:
         raise NotFoundError(
             f"job {job} has not started yet, so it has no checkpoints", code="no-such-store", hint="see `tuneyard ls`"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -13,14 +14,18 @@ from orchestrator.cli.files import (
     Overrides,
     checked_job,
     read_array,
+    read_order,
     read_sizing,
     read_sizings,
     told_where,
 )
 from orchestrator.cli.output import Format, Output, job_json, out, print_json
 from orchestrator.cli.progress import follow, follow_array, summary
+from orchestrator.cli.render import With
 from orchestrator.cli.status import of_job, of_jobs
+from orchestrator.errors import SpecError
 from orchestrator.job.array import Element, is_array
+from orchestrator.outside.protocol import System
 from orchestrator.views import DryRun
 
 
@@ -29,14 +34,26 @@ def submit(
     set_: Overrides = None,
     wait: bool = typer.Option(False, "--wait", help="Follow the job, or all of an array, to the end; 1 if one fails."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Show plan and placement; store nothing."),
+    to: System | None = typer.Option(None, "--to", help="Hand it over to this system instead of a yard."),
+    with_: With = None,
     output: Output = Format.TEXT,
     quiet: bool = typer.Option(False, "-q", "--quiet", help="With --wait: no progress on stderr."),
 ) -> None:
-    """Queue a job file on the yard; one with an `array` makes several jobs.
+    """Queue a job file on the yard, or on a system that queues jobs itself; one with an `array` makes several jobs.
 
     The file, and all that it names, is checked here first: a job that cannot run is refused and nothing is stored.
     """
     document = read_document(file, set_ or ())
+    if to is not None:
+        _hand_over(to, file, document, with_ or (), wait=wait, dry_run=dry_run, output=output, quiet=quiet)
+        return
+    if with_:
+        raise SpecError(
+            "`--with` is for systems outside, and the job goes to a yard",
+            code="usage",
+            field="with",
+            hint="say which system: --to slurm; what the job itself says is changed by --set",
+        )
     if is_array(document):
         _submit_array(file, document, wait=wait, dry_run=dry_run, output=output, quiet=quiet)
         return
@@ -65,6 +82,47 @@ def submit(
     else:
         summary(view)
     raise typer.Exit(of_job(view.state))
+
+
+def _hand_over(
+    to: System,
+    file: Path,
+    document: Document,
+    options: Sequence[str],
+    *,
+    wait: bool,
+    dry_run: bool,
+    output: Format,
+    quiet: bool,
+) -> None:
+    from orchestrator.cli.yard import outside
+
+    with outside(to) as place, told_where(document):
+        order = read_order(file, document, options)
+        if dry_run:
+            text = place.render(order)
+            if output == Format.JSON:
+                print_json({"system": to.value, "text": text})
+            else:
+                typer.echo(text, nl=False)
+            return
+        views = place.submit(order)
+        array = views[0].array_id
+        if wait and array is not None:
+            views = follow_array(place.follow_array(array), quiet=quiet)
+        elif wait:
+            views = [follow(place.follow(views[0].id), quiet=quiet)]
+    if output == Format.JSON:
+        jobs = [job_json(view) for view in views]
+        print_json(jobs[0] if array is None else {"array": array, "jobs": jobs})
+    else:
+        for view in views:
+            if wait:
+                summary(view)
+            else:
+                out.print(f"{view.id} {view.state}", markup=False)
+    if wait:
+        raise typer.Exit(of_jobs(view.state for view in views))
 
 
 def _submit_array(file: Path, document: Document, *, wait: bool, dry_run: bool, output: Format, quiet: bool) -> None:

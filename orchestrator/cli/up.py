@@ -9,6 +9,7 @@ import signal
 import typer
 
 from orchestrator.cli.output import Format, Output, err, out, print_json
+from orchestrator.errors import SpecError
 
 
 class ExecutorName(enum.StrEnum):
@@ -27,6 +28,9 @@ def up(
     new_controller: bool = typer.Option(
         False, "--new-controller", help="Of the code that is installed now, in place of the one that runs; jobs go on."
     ),
+    in_slurm: bool = typer.Option(
+        False, "--in-slurm", help="On all nodes of the Slurm allocation that this is said in."
+    ),
     block: bool = typer.Option(
         False, "--block", help="Stay, and start again what dies, as a service does. Ended, it leaves the yard up."
     ),
@@ -44,10 +48,24 @@ def up(
     from orchestrator.yard.remote import Remote
 
     settings = Settings()
+    if in_slurm:
+        if hosts or executor is not ExecutorName.RAY or nodes != 1 or new_controller:
+            raise SpecError(
+                "--in-slurm takes the allocation's nodes, as they are",
+                code="usage",
+                field="in-slurm",
+                hint="leave --nodes, --hosts, --executor and --new-controller out",
+            )
+        from orchestrator.yard.allocation import settings_here, up_in_slurm
+
+        settings = settings_here(settings)
     names = [name for group in hosts or () for name in group.split(",") if name]
     remotes = [Remote(host=name, ssh=tuple(shlex.split(ssh)), command=tuple(shlex.split(remote))) for name in names]
     with err.status("starting the yard"):
-        record = start(settings, nodes, executor.value, remotes, new_controller=new_controller)
+        if in_slurm:
+            record = up_in_slurm(settings)
+        else:
+            record = start(settings, nodes, executor.value, remotes, new_controller=new_controller)
     if output == Format.JSON:
         print_json(as_json(record))
     else:

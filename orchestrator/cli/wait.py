@@ -5,8 +5,8 @@ from __future__ import annotations
 import typer
 
 from orchestrator.cli.output import Format, Output, job_json, print_json
-from orchestrator.cli.progress import follow, summary
-from orchestrator.cli.status import of_job
+from orchestrator.cli.progress import follow, follow_array, summary
+from orchestrator.cli.status import of_job, of_jobs
 
 
 def wait(
@@ -16,10 +16,19 @@ def wait(
     quiet: bool = typer.Option(False, "-q", "--quiet", help="No progress on stderr."),
 ) -> None:
     """Follow a job to its end and print what came of it; exit 1 if it failed."""
-    from orchestrator.cli.yard import client
+    from orchestrator.cli.yard import holder
+    from orchestrator.outside.protocol import Outside
 
-    with client() as yard:
-        view = follow(yard.follow(job, timeout), quiet=quiet)
+    with holder(job) as place:
+        if isinstance(place, Outside) and place.is_array(job):
+            views = follow_array(place.follow_array(job, timeout), quiet=quiet)
+            if output == Format.JSON:
+                print_json({"array": job, "jobs": [job_json(view) for view in views]})
+            else:
+                for view in views:
+                    summary(view)
+            raise typer.Exit(of_jobs(view.state for view in views))
+        view = follow(place.follow(job, timeout), quiet=quiet)
     if output == Format.JSON:
         print_json(job_json(view))
     else:

@@ -41,15 +41,19 @@ def spare() -> int:
         standbys.close()
 
 
-def serve(request: LaunchRequest, standbys: Standbys | None = None) -> int:
-    """Run one attempt's part to its end. Returns 0; how the ranks ended is in the attempt's directory."""
+def serve(request: LaunchRequest, standbys: Standbys | None = None, grace_s: float = TERM_GRACE_S) -> int:
+    """Run one attempt's part to its end, after SIGTERM within `grace_s`. Returns 0; how the ranks ended is in the
+    attempt's directory."""
     member = Member(request)
     stop = AttemptFiles(request.run_dir).stop
 
     def on_term(_signum: int, _frame: object) -> None:
-        if not stop.exists():
-            text = json.dumps({"reason": "the node agent was told to end", "deadline": time.time() + TERM_GRACE_S})
-            write_atomically(stop, text)
+        deadline = time.time() + grace_s
+        try:
+            told = json.loads(stop.read_bytes())
+        except (FileNotFoundError, ValueError):
+            told = {"reason": "the node agent was told to end", "deadline": deadline}
+        write_atomically(stop, json.dumps(told | {"deadline": min(deadline, told["deadline"])}))
 
     signal.signal(signal.SIGTERM, on_term)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever waits in the terminal

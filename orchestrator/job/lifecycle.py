@@ -109,6 +109,9 @@ class ReasonCode(enum.StrEnum):
     NEXT_RUNG = "next-rung"  # it ran out of memory, and goes on with a plan that takes less
     HUNG = "hung"  # a rank does not move
     OLD_ATTEMPT_ENDING = "old-attempt-ending"
+    HELD = "held"  # somebody must release it
+    REFUSED = "refused"  # what it asks for it will never get
+    NOT_TOLD = "not-told"  # the system that queues it has a reason that we have no words for
     STARTING = "starting"
     RUNNING = "running"
     PAUSE_REQUESTED = "pause-requested"

@@ -1,4 +1,4 @@
-"""The way to a database: SQLite (WAL) or PostgreSQL."""
+"""The way to a database: SQLite or PostgreSQL."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from orchestrator.errors import StoreError
 
 
 class Database:
-    """Connections to the database at a URL. Safe to use from several threads and processes."""
+    """Connections to the database at a URL. Safe to use from several threads and processes.
 
-    def __init__(self, url: str) -> None:
+    `shared`: an SQLite file that several hosts open, one after the other, on a file system that they share. Its WAL
+    would be for one host alone.
+    """
+
+    def __init__(self, url: str, *, shared: bool = False) -> None:
         self._url = url
-        self.engine = _engine(url)
+        self.engine = _engine(url, "DELETE" if shared else "WAL")
         # Writers take SQLite's lock at the start, so that no transaction fails half-way for want of it.
         self._writing = self.engine.execution_options(tuneyard_write=True)
 
@@ -60,7 +64,7 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _engine(url: str) -> Engine:
+def _engine(url: str, journal: str) -> Engine:
     try:
         parsed = make_url(url)
         parsed.get_dialect()
@@ -96,7 +100,7 @@ def _engine(url: str) -> Engine:
     def _configure(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # transactions are begun below, not by the driver's guess
         cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute(f"PRAGMA journal_mode={journal}")
         cursor.execute("PRAGMA synchronous=FULL")  # a committed attempt must survive a crash of the machine
         cursor.execute("PRAGMA foreign_keys=ON")
         cursor.close()

@@ -23,7 +23,7 @@ from orchestrator.job.lifecycle import JobState
 from orchestrator.serve.joining import is_loopback
 from orchestrator.serve.secret import ensure_token
 from orchestrator.settings import Settings
-from orchestrator.yard.nodes import forget, mend_ray, start_ray
+from orchestrator.yard.nodes import LEAVE_S, forget, mend_ray, start_ray
 from orchestrator.yard.record import (
     ENV_YARD,
     FILE,
@@ -34,6 +34,7 @@ from orchestrator.yard.record import (
     read_yard,
     save,
     spawn,
+    step_file,
     wait_until,
 )
 from orchestrator.yard.remote import Remote, on_all
@@ -160,6 +161,7 @@ def down(settings: Settings, *, force: bool) -> YardRecord | None:
                 code="jobs-live",
                 hint="wait for them, cancel them, or `tuneyard down --force`: they start again with the next `up`",
             )
+    _end_step(settings, record)
     _end_controller(record)
     left = end_all(ENV_YARD, record.id)
     if left:
@@ -187,6 +189,17 @@ def keep_up(settings: Settings, record: YardRecord, until: Callable[[], bool]) -
         deadline = time.monotonic() + KEEP_S
         while not until() and time.monotonic() < deadline:
             time.sleep(0.1)
+
+
+def _end_step(settings: Settings, record: YardRecord) -> None:
+    """In an allocation: let the other nodes leave, and wait for that; a task of theirs that says so itself does not."""
+    step = record.step
+    if step is None or not step_file(settings).exists():
+        return
+    step_file(settings).unlink(missing_ok=True)
+    wait_until(lambda: not step.alive, 2 * LEAVE_S)
+    if step.alive:
+        psutil.Process(step.pid).kill()
 
 
 def _end_controller(record: YardRecord) -> None:

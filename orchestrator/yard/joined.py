@@ -206,10 +206,11 @@ def sees_home(settings: Settings, record: NodeRecord) -> bool:
 class Keeper:
     """Keeps Ray up on this machine until it is told to end: Ray ends itself where the head has given the node up."""
 
-    def __init__(self, settings: Settings, record: NodeRecord) -> None:
+    def __init__(self, settings: Settings, record: NodeRecord, grace_s: float = GRACE_S) -> None:
+        """`grace_s` is the time that what runs here has to save."""
         self._settings, self._record = settings, record
         self._ended = False
-        self._grace_s = GRACE_S
+        self._grace_s = grace_s
 
     def run(self) -> None:
         """Until `end`. Raises what `prepare` raises, if the yard does not want the node before it was ever one."""
@@ -234,7 +235,7 @@ class Keeper:
     def end(self, number: int, *_: object) -> None:
         """SIGTERM: what runs here saves first, and goes on elsewhere. SIGINT: at once."""
         self._ended = True
-        self._grace_s = GRACE_S if number == signal.SIGTERM else 0.0
+        self._grace_s = self._grace_s if number == signal.SIGTERM else 0.0
 
     def _serve(self, told: JoinView) -> None:
         """One life of Ray here."""

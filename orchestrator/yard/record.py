@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -63,11 +63,36 @@ class YardRecord(BaseModel):
     controller: Process | None = None
     remotes: tuple[Remote, ...] = ()
     """Machines that were joined by ssh."""
+    slurm_job: str | None = None
+    """The allocation of Slurm's that it is in."""
+    step: Process | None = None
+    """There, what keeps the other nodes."""
 
     @property
     def whole(self) -> bool:
         """Whether no node has to be started again."""
         return all(process.alive for process in self.ray)
+
+
+class Step(BaseModel):
+    """What the step of an allocation is there for, as long as its file is."""
+
+    model_config = ConfigDict(frozen=True)
+
+    yard: str
+    node: str
+    """Where the yard's own processes are."""
+
+    @classmethod
+    def read(cls, settings: Settings) -> Self | None:
+        try:
+            return cls.model_validate_json(step_file(settings).read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+
+def step_file(settings: Settings) -> Path:
+    return settings.root / "slurm-step.json"
 
 
 def read_yard(settings: Settings) -> YardRecord | None:

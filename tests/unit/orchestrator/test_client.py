@@ -15,7 +15,7 @@ import pytest
 
 from launch.contract import GitState, Origin
 from launch.document import parse_document
-from orchestrator import client as module
+from orchestrator import follow as module
 from orchestrator.client import Client
 from orchestrator.control.loop import Controller
 from orchestrator.errors import (

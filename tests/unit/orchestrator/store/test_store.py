@@ -6,6 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -401,3 +402,14 @@ def test_an_unreachable_database_is_told_without_its_password() -> None:
         store.prepare()
     assert "hunter2" not in str(told.value)
     assert "TUNEYARD_DATABASE_URL" in (told.value.hint or "")
+
+
+def test_a_shared_file_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    """What several hosts open, one after the other, has no log that belongs to one of them."""
+    url = f"sqlite:///{tmp_path / 'job.db'}"
+    for shared, beside in ((True, {"job.db"}), (False, {"job.db", "job.db-wal", "job.db-shm"})):
+        store = Store(url, shared=shared)
+        store.prepare()
+        store.jobs()
+        assert {path.name for path in tmp_path.iterdir()} == beside
+        store.close()
