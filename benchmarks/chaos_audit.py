@@ -155,7 +155,9 @@ def _look_at_attempts(world: World, job: str, struck: Sequence[Struck], found: A
             found.wrong.append(f"{job}: attempt {attempt.number} was taken for hung")
         elif attempt.outcome not in ("succeeded", "stopped", "hung") and not causes:
             found.unexplained_ends += 1
-            found.wrong.append(f"{job}: attempt {attempt.number} ended as {attempt.outcome} without a fault")
+            found.wrong.append(
+                f"{job}: attempt {attempt.number} ended as {attempt.outcome} without a fault: {_story(world, job)}"
+            )
 
 
 def clocks_differ_s() -> float:
@@ -170,6 +172,13 @@ def clocks_differ_s() -> float:
 
 Rows = dict[int, list[int]]
 """Step → the rows that all ranks took in it."""
+
+
+def _story(world: World, job: str) -> str:
+    """What happened to a job, but for its checkpoints."""
+    events = [event for event in world.events(job) if not event.kind.startswith("checkpoint-")]
+    first = events[0].time
+    return "; ".join(f"{one.time - first:.1f} s {one.attempt} {one.kind} {one.data}" for one in events)[-4000:]
 
 
 def lineage(
