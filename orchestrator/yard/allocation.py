@@ -24,7 +24,7 @@ from orchestrator.execute.slurm_agent import ENV_NODE, stop_within
 from orchestrator.outside.slurm.commands import addresses, kill_wait
 from orchestrator.serve.secret import ensure_token
 from orchestrator.settings import Settings
-from orchestrator.yard.home import connect, down, up
+from orchestrator.yard.home import connect, down, end_controller, up
 from orchestrator.yard.joined import Keeper, prepare
 from orchestrator.yard.record import (
     ENV_YARD,
@@ -167,6 +167,9 @@ class Task:
         while not self._told.wait(LOOK_S) and not self._over():
             pass
         if self._told.is_set():
+            record = read_yard(self._settings)
+            if record is not None:
+                end_controller(record)  # nothing is to start again meanwhile
             evacuate(self._settings.root, self._grace_s)
             step_file(self._settings).unlink(missing_ok=True)
             down(self._settings, force=True)
@@ -179,12 +182,14 @@ class Task:
         home = self._settings.model_copy(update={"home": self._settings.root / "slurm-nodes" / here})
         mine, token = settings_here(home), ensure_token(self._settings)
         node = prepare(mine, record.url, token, name=here, address=_nodes()[here], labels={})
-        keeper = Keeper(mine, node, self._grace_s)
+        keeper = Keeper(mine, node)
 
         def watch() -> None:
             while not self._told.wait(LOOK_S) and not self._over():
                 pass
-            keeper.end(signal.SIGTERM if self._told.is_set() else signal.SIGINT)
+            if self._told.is_set():
+                evacuate(self._settings.root, self._grace_s)
+            keeper.end(signal.SIGINT)
 
         threading.Thread(target=watch, daemon=True).start()
         keeper.run()

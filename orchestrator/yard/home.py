@@ -88,7 +88,7 @@ def up(
         _check_reach(settings, executor)
     before = read_yard(settings)
     if new_controller and before is not None:
-        _end_controller(before)
+        end_controller(before)
     record = _up_here(settings, nodes, executor)
     known = {remote.host: remote for remote in (*record.remotes, *remotes)}
     if known:
@@ -162,7 +162,7 @@ def down(settings: Settings, *, force: bool) -> YardRecord | None:
                 hint="wait for them, cancel them, or `tuneyard down --force`: they start again with the next `up`",
             )
     _end_step(settings, record)
-    _end_controller(record)
+    end_controller(record)
     left = end_all(ENV_YARD, record.id)
     if left:
         raise YardError(f"processes {left} could not be ended", code="not-ended", hint="look at them with `ps`")
@@ -202,7 +202,8 @@ def _end_step(settings: Settings, record: YardRecord) -> None:
         psutil.Process(step.pid).kill()
 
 
-def _end_controller(record: YardRecord) -> None:
+def end_controller(record: YardRecord) -> None:
+    """Attempts go on without it."""
     controller = record.controller
     if controller is not None and controller.alive:
         psutil.Process(controller.pid).send_signal(signal.SIGTERM)
