@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from launch import __version__
 from orchestrator.control.loop import Controller
 from orchestrator.errors import ConflictError
+from orchestrator.serve.surroundings import ENV_YARD, is_loopback, versions
 from orchestrator.views import JoinView
 
-ENV_YARD = "TUNEYARD_YARD"
 NO_STORE = {"Cache-Control": "no-store"}
 
 
@@ -48,20 +44,6 @@ def let_join(guarded: APIRouter, controller: Controller, head: str | None) -> No
         return JSONResponse(view.model_dump(mode="json"), headers=NO_STORE)
 
 
-def versions() -> dict[str, str]:
-    """Of what must be the same on all nodes, on this one."""
-    python = ".".join(platform.python_version_tuple()[:2])
-    return {"python": python, "ray": version("ray"), "tuneyard": __version__}
-
-
 def _ray_token() -> str | None:
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     return Path(path).read_text().strip() if path else os.environ.get("RAY_AUTH_TOKEN")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches it."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

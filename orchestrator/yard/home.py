@@ -20,8 +20,8 @@ from orchestrator.errors import ConflictError, TuneyardError, YardError
 from orchestrator.execute.local import free_port
 from orchestrator.execute.processes import end_all
 from orchestrator.job.lifecycle import JobState
-from orchestrator.serve.joining import is_loopback
 from orchestrator.serve.secret import ensure_token
+from orchestrator.serve.surroundings import is_loopback
 from orchestrator.settings import Settings
 from orchestrator.yard.nodes import LEAVE_S, forget, mend_ray, start_ray
 from orchestrator.yard.record import (

@@ -28,8 +28,8 @@ from orchestrator.cluster.model import NAME_LABEL, START_LABEL
 from orchestrator.errors import ConflictError, TuneyardError, YardError
 from orchestrator.execute.evacuate import evacuate
 from orchestrator.execute.processes import carrying, end_all
-from orchestrator.serve.joining import versions
 from orchestrator.serve.secret import RAY_TOKEN
+from orchestrator.serve.surroundings import versions
 from orchestrator.settings import Settings
 from orchestrator.views import JoinView
 from orchestrator.yard.nodes import LEAVE_S, ray_start

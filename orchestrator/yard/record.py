@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from launch.attempt import write_atomically
 from orchestrator.errors import YardError
 from orchestrator.execute.processes import is_alive
-from orchestrator.serve.joining import ENV_YARD as ENV_YARD
 from orchestrator.serve.secret import RAY_TOKEN
+from orchestrator.serve.surroundings import ENV_YARD as ENV_YARD
 from orchestrator.settings import Settings
 from orchestrator.yard.remote import Remote
 

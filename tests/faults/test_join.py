@@ -119,6 +119,7 @@ def test_a_host_is_cut_off_and_comes_back(world: World) -> None:
     assert yard.json("wait", again)["state"] == "succeeded", "all three hosts take ranks"
 
 
+@pytest.mark.slow
 def test_joining_leaving_and_another_controller_in_mid_run_lose_nothing(world: World, tmp_path: Path) -> None:
     """A training's node leaves, and joins again as it goes on elsewhere; the controller is exchanged twice."""
     yard, leaver = world.yard, world.nodes[1]

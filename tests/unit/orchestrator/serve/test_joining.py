@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 
 from orchestrator.control.loop import Controller
 from orchestrator.serve import api
-from orchestrator.serve.joining import is_loopback, versions
+from orchestrator.serve.surroundings import is_loopback, versions
 from tests.served import TOKEN
 
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
