@@ -98,6 +98,11 @@ class Pulse:
         if self._began is not None:
             self.own_s, self._began = time.monotonic() - self._began, None
 
+    def gathered(self, seconds: float) -> None:
+        """So many seconds before now went by in waiting for what others hold: the step is not this rank's own then."""
+        if self._began is not None:
+            self._began += seconds
+
     def blocked(self, seconds: float) -> None:
         """So many seconds of its steps so far were spent waiting for a save."""
         step, save = PHASES.index("step"), PHASES.index("save")

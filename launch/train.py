@@ -20,6 +20,7 @@ from launch.dropout import drop_cheaply
 from launch.engine import Engine, build_engine, make_accelerator, peak_bytes
 from launch.export import Outcome, export
 from launch.feed import Feed, check_accumulation
+from launch.gathers import tell_of_gathers
 from launch.guard import Guard
 from launch.host import resident_bytes, take_share
 from launch.losses import MAX_SKIPPED, loss_terms, not_finite, weights_of_classes
@@ -67,6 +68,8 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     weights = weights_of_classes(spec.train.class_weights, corpus.train, corpus.labels)
     objective = objective_of(spec, model, weights, plan.loss)
     engine = build_engine(accelerator, model, plan, spec.train)
+    if plan.zero_stage == 3:
+        tell_of_gathers(progress.pulse.gathered)
     found = Found(objective.probe(engine, accelerator.device), share.allocator, baseline)
     check_loss_mode(spec.train, found.loss)
     fingerprint = agreed_fingerprint(engine, corpus.train)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("tuneyard", "export", "kubectl", "make", "sbatch", "srun", "salloc", "python")
+COMMANDS = ("tuneyard", "export", "kubectl", "make", "sbatch", "srun", "salloc", "python", "#!/bin/bash")
 
 
 def blocks(page: str) -> list[str]:
@@ -25,16 +25,18 @@ class Reader:
 
     def __init__(self, page: str, names: Mapping[str, str]) -> None:
         """`names` are what the page calls things, and what they are here."""
-        self._names = dict(names)
+        self.names = dict(names)
         self.left = blocks(page)
         """What has not been typed yet."""
 
+    def by_lines(self, begins: str) -> None:
+        """Type the lines of the next block that begins so one by one."""
+        at = next(number for number, text in enumerate(self.left) if text.startswith(begins))
+        self.left[at : at + 1] = self.left[at].splitlines()
+
     def types(self, begins: str, prefix: Sequence[str] = (), cwd: Path = ROOT, **environment: str) -> str:
         """Run the next block that begins so; what it prints."""
-        text = next(text for text in self.left if text.startswith(begins))
-        self.left.remove(text)
-        for name, here in self._names.items():
-            text = text.replace(name, here)
+        text = self.copies(begins)
         env = {key: value for key, value in os.environ.items() if not key.startswith("TUNEYARD_")} | environment
         env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
         done = subprocess.run(
@@ -43,6 +45,14 @@ class Reader:
         )  # fmt: skip
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
         return done.stdout
+
+    def copies(self, begins: str) -> str:
+        """The next block that begins so, with the names of here, to be run elsewhere."""
+        text = next(text for text in self.left if text.startswith(begins))
+        self.left.remove(text)
+        for name, here in self.names.items():
+            text = text.replace(name, here)
+        return text
 
     def skips(self, begins: str, why: str) -> None:
         """Not typed here."""

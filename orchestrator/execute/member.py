@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -26,6 +25,7 @@ from launch.attempt import (
     ENV_HEARTBEAT,
     ENV_RUN_ID,
     HUNG,
+    NODE_GONE,
     AttemptFiles,
     ExitCode,
     told_to_torch,
@@ -35,7 +35,7 @@ from launch.pulse import read_beat
 from orchestrator.execute.energy import Meter
 from orchestrator.execute.oom import Witness
 from orchestrator.execute.processes import inherited, is_alive, kill, of_run
-from orchestrator.execute.search import found_in, tail
+from orchestrator.execute.search import found_in, signal_in, tail, told_to_end
 from orchestrator.execute.stall import Stacks, Watch, dump_collectives, stack_in
 from orchestrator.execute.standby import Ordered, Standbys
 
@@ -247,8 +247,7 @@ class Member:
         now = time.monotonic()
         live = [rank for rank in self._seen if self._exit(rank) is None]
         overdue = [rank for rank in live if self._watches[rank].look(now) is not None]
-        stop = _read(self.files.stop)
-        told = stop is not None and stop["reason"] == HUNG
+        told = self._stop_reason() == HUNG
         if not overdue and not told:
             if self._stalled:  # it moves again
                 for rank in live:
@@ -274,6 +273,8 @@ class Member:
         if death is not None:
             told = {"code": death.code, "limit_bytes": death.limit_bytes, "used_bytes": death.used_bytes}
             self._record(rank, ExitCode.OUT_OF_MEMORY, death.message, number=signal.SIGKILL, told=told)
+        elif self._stop_reason() == NODE_GONE:
+            self._record(rank, ExitCode.LEASH_EXPIRED, "its node was lost, and the node's agent ended it first")
         elif self._ended_by_us is not None:
             self._record(rank, ExitCode.KILLED, self._ended_by_us, number=signal.SIGKILL, told={"echo": True})
         else:
@@ -282,9 +283,14 @@ class Member:
     def _why_ended(self) -> str:
         if self._failed_at is not None:
             return f"the node's agent ended it, {ECHO_S:.0f} s after its gang had begun to fail"
-        stop = _read(self.files.stop)
-        why = f"it was asked to stop ({stop['reason']}), and did not in time" if stop else "it had outlived its purpose"
+        reason = self._stop_reason()
+        why = f"it was asked to stop ({reason}), and did not in time" if reason else "it had outlived its purpose"
         return f"the node's agent ended it: {why}"
+
+    def _stop_reason(self) -> str | None:
+        """Of the stop message, if there is one."""
+        stop = _read(self.files.stop)
+        return str(stop["reason"]) if stop is not None else None
 
     def _saves(self, ends: Mapping[int, dict[str, Any] | None]) -> bool:
         """Whether a rank that is still there writes down the state that it has, after another has failed."""
@@ -295,8 +301,7 @@ class Member:
         """Whether the copies that its ranks have left in memory, if any, are in the store, or it has taken too long."""
         if self.request.copies is None or not Path(self.request.copies[0]).exists():
             return True
-        stop = _read(self.files.stop)
-        if self._upload is None and stop is not None and stop["reason"] == CANCELLED:
+        if self._upload is None and self._stop_reason() == CANCELLED:
             shutil.rmtree(self.request.copies[0], ignore_errors=True)
             return True
         if self._upload is None:
@@ -334,7 +339,7 @@ class Member:
             if end is None and rank in self._seen:
                 self._record_death(rank)
             elif end is None:
-                stopped = _read(self.files.stop) is not None or _told_to_end(code, log)
+                stopped = _read(self.files.stop) is not None or told_to_end(code, log)
                 self._record(
                     rank,
                     ExitCode.STOPPED if stopped else ExitCode.CRASH,
@@ -342,7 +347,7 @@ class Member:
                     told={"traceback": None if stopped else log},
                 )
             elif end["code"] == ExitCode.KILLED and end.get("signal") is None and rank in self._seen:
-                number = _signal_in(log, self._seen[rank]["pid"])
+                number = signal_in(log, self._seen[rank]["pid"])
                 if number is not None:
                     end["signal"] = number
                     end["error"]["message"] = f"killed by {signal.Signals(number).name}"
@@ -383,17 +388,3 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return data if isinstance(data, dict) else None
-
-
-def _told_to_end(code: int | None, log: str) -> bool:
-    """Whether SIGTERM ended the launcher, or a rank that did not listen yet: somebody wants the processes gone."""
-    return code == -signal.SIGTERM or re.search(r"exitcode\s*:\s*-15\b|got signal: 15\b", log) is not None
-
-
-def _signal_in(log: str, pid: int) -> int | None:
-    """The signal that ended `pid`, as the launcher reports it."""
-    elastic = re.search(rf"exitcode\s*:\s*-(\d+)\s*\(pid:\s*{pid}\)", log)
-    if elastic:
-        return int(elastic[1])
-    simple = re.search(r"died with <Signals\.(\w+)", log)
-    return int(signal.Signals[simple[1]]) if simple else None

@@ -6,6 +6,7 @@ leaves; ranks that outlive it are ended by their leash, and so are those of a no
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 import ray
 
-from launch.attempt import AttemptFiles, write_atomically
+from launch.attempt import NODE_GONE, AttemptFiles, write_atomically
 from launch.checkpoint.copies import SWEEP_S, sweep
 from launch.contract import RunContract
 from orchestrator.cluster.status import NodeReport, ProbeReport, ProbeRequest, StandbyReport
@@ -117,7 +118,7 @@ class NodeAgent:
         # The node is lost: another attempt may start as soon as these ranks are gone, so they go now.
         for member in list(self._members.values()):
             files = AttemptFiles(member.request.run_dir)
-            write_atomically(files.stop, '{"reason": "the node lost its raylet", "deadline": 0}')
+            write_atomically(files.stop, json.dumps({"reason": NODE_GONE, "deadline": 0}))
         while self._members:
             self._tick()
             time.sleep(TICK_S)

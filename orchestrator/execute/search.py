@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,3 +35,17 @@ def _contains(line: str, pattern: str) -> bool:
             return False
         at += len(piece)
     return True
+
+
+def told_to_end(code: int | None, log: str) -> bool:
+    """Whether SIGTERM ended the launcher, or a rank that did not listen yet: somebody wants the processes gone."""
+    return code == -signal.SIGTERM or re.search(r"exitcode\s*:\s*-15\b|got signal: 15\b", log) is not None
+
+
+def signal_in(log: str, pid: int) -> int | None:
+    """The signal that ended `pid`, as the launcher reports it."""
+    elastic = re.search(rf"exitcode\s*:\s*-(\d+)\s*\(pid:\s*{pid}\)", log)
+    if elastic:
+        return int(elastic[1])
+    simple = re.search(r"died with <Signals\.(\w+)", log)
+    return int(signal.Signals[simple[1]]) if simple else None

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 from launch.attempt import ENV_RUN_ID, AttemptFiles
+from launch.contract import RankExit
 from orchestrator.execute.processes import carrying
 from orchestrator.yard.joined import ENV_NODE
 from orchestrator.yard.record import ENV_YARD
+from tests.docs import Reader
 from tests.slurm import Slurm, a_slurm, why_not
 from tests.worlds import write_bert, write_messages
 from tests.yards import Yard
@@ -265,6 +267,26 @@ def test_a_rendered_script_is_submitted_by_hand_once(home: Home) -> None:
     assert len(refused()) == 1
 
 
+def test_the_page_from_nothing_to_two_nodes(home: Home) -> None:
+    job = home.job_file(name="page", run=["true"], resources={"num_processes": 2})
+    reader = Reader("docs/slurm.md", {"/shared/me/tuneyard": str(home.home), "job.yaml": str(job)})
+    env = {name: value for name, value in home.env.items() if name.startswith(("TUNEYARD_", "SLURM_"))}
+    reader.by_lines("export TUNEYARD_HOME")
+    reader.skips("export TUNEYARD_HOME", "it is in the environment")
+    submitted = re.search(r"slurm:\d+", reader.types("tuneyard submit --to slurm", **env))
+    assert submitted is not None
+    reader.names["slurm:1234"] = submitted[0]
+    assert submitted[0] in reader.types("tuneyard ls", **env)
+    assert submitted[0] in reader.types("tuneyard describe", **env)
+    reader.types("tuneyard logs", **env)
+    reader.types("tuneyard wait", **env)
+    assert [share["node"] for share in home.json("describe", submitted[0])["attempts"][0]["nodes"]] == ["n1", "n2"]
+    reader.skips("tuneyard cancel", "it has ended; another test does that")
+    reader.types("export TUNEYARD_OUTSIDE", **env)
+    assert reader.left.pop().startswith("#!/bin/bash")  # a slow test's
+    assert reader.left == []
+
+
 # What takes minutes.
 
 
@@ -336,6 +358,23 @@ def test_a_yard_in_an_allocation(slurm: Slurm) -> None:
         (home.home / "over").touch()
         until(lambda: home.slurm.run("squeue", "--noheader").strip() == "")
         assert carrying(ENV_YARD, again) == []
+
+
+@pytest.mark.slow
+def test_the_page_of_a_yard_in_an_allocation(slurm: Slurm) -> None:
+    with tempfile.TemporaryDirectory(prefix="ty-", ignore_cleanup_errors=True) as folder:
+        home = Home(Path(folder), slurm)
+        job = home.job_file(name="sweep", run=["true"], resources={"num_processes": 4})
+        here = {"--nodes=4": "--nodes=2", "=64 --gres=gpu:8": "=2", "8:00:00": "30", "sweep.yaml": str(job)}
+        script = home.home / "yard.sbatch"
+        script.write_text(Reader("docs/slurm.md", here).copies("#!/bin/bash"))
+        binaries = f"{Path(sys.executable).parent}:{home.env['PATH']}"
+        subprocess.run(
+            ["sbatch", "--wait", str(script)], env=home.env | {"PATH": binaries}, cwd=home.home, check=True, timeout=600
+        )
+        (folder_of_job,) = home.home.glob("jobs/sweep-*")
+        ends = [AttemptFiles(folder_of_job / "attempt-1").exit(rank) for rank in range(4)]
+        assert [RankExit.model_validate_json(end.read_bytes()).code for end in ends] == [0] * 4
 
 
 def allocated(home: Home, script: Path) -> str:

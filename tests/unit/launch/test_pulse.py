@@ -38,6 +38,18 @@ def test_a_step_of_ones_own_ends_where_the_others_are_waited_for(tmp_path: Path)
     assert 0.02 <= beat.own_s < 0.1
 
 
+def test_what_others_hold_is_waited_for_in_nobodys_own_time(tmp_path: Path) -> None:
+    pulse = Pulse(tmp_path / "pulse")
+    pulse.gathered(5.0)  # before the step
+    pulse.enter("step", 1, "data")
+    time.sleep(0.05)
+    pulse.gathered(0.04)
+    pulse.waits()
+    assert 0.01 <= pulse.own_s < 0.05
+    pulse.gathered(5.0)  # in the backward pass
+    assert pulse.own_s < 0.05
+
+
 def test_who_reads_never_sees_a_part_of_two_moves(tmp_path: Path) -> None:
     path = tmp_path / "pulse"
     pulse, over = Pulse(path), threading.Event()
