@@ -181,8 +181,9 @@ def rank_slow(world: World) -> Struck:
         return next((one.time for one in told if one.kind == "slow-rank" and one.data["rank"] == rank), None)
 
     def found() -> float:
-        """When it was named; -1 if the job ended first."""
-        return named() or (-1.0 if world.view(victim.job).state.final else 0.0)
+        """When it was named; -1 if its attempt ended first: the job's last one, or to grow or shrink."""
+        view = world.view(victim.job)
+        return named() or (-1.0 if view.state.final or view.attempts > victim.attempt.number else 0.0)
 
     braking = threading.Thread(target=brake, daemon=True)
     braking.start()
