@@ -16,11 +16,12 @@ from orchestrator.store.administration import Administration
 from orchestrator.store.jobs import Jobs
 from orchestrator.store.rows import AttemptRow, EventRow, HistoryRow, Lease
 from orchestrator.store.transaction import Transaction
+from orchestrator.store.watching import Watching
 
 CONTROLLER = "controller"
 
 
-class Store(Jobs, Administration, Accounts):
+class Store(Jobs, Administration, Accounts, Watching):
     """One database, SQLite (WAL) or PostgreSQL. Safe to use from several threads and processes."""
 
     def prepare(self) -> None:
