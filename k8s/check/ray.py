@@ -24,7 +24,7 @@ DNS_1035 = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 
 
-@rule('names start with a letter and have letters, digits and dashes; the head has num-cpus "0"; groups differ in name')
+@rule('names are letters, digits and dashes, a letter first; the head has num-cpus "0"; groups differ in name')
 def ray_names_are_labels(objects: Objects) -> Found:
     for where, cluster, spec in ray_specs(objects):
         if spec["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
@@ -38,9 +38,7 @@ def ray_names_are_labels(objects: Objects) -> Found:
                 yield where, f"two groups are called {name}"
 
 
-@rule(
-    "without an autoscaler replicas, minReplicas and maxReplicas are the same; with one, minReplicas <= replicas <= max"
-)
+@rule("without an autoscaler replicas, minReplicas and maxReplicas are the same; with one, replicas is between")
 def ray_groups_have_a_size(objects: Objects) -> Found:
     for where, _, spec in ray_specs(objects):
         for group in spec.get("workerGroupSpecs", []):
@@ -51,9 +49,7 @@ def ray_groups_have_a_size(objects: Objects) -> Found:
                 yield where, f"{group['groupName']}: nothing changes its size between {low} and {high}"
 
 
-@rule(
-    "autoscalerOptions.version: v2 with an image, and restartPolicy Never on head and workers; not together with Kueue"
-)
+@rule("autoscalerOptions.version: v2 and restartPolicy Never on head and workers; not together with Kueue")
 def autoscaler_is_v2(objects: Objects) -> Found:
     for where, _, spec in ray_specs(objects):
         if not spec.get("enableInTreeAutoscaling"):
@@ -152,9 +148,9 @@ def budgets_let_go(objects: Objects) -> Found:
         least, most = item["spec"].get("minAvailable"), item["spec"].get("maxUnavailable")
         if any(pod.role for pod in chosen) and not isinstance(least, int):
             yield name_of(item), "pods of a custom resource take a whole minAvailable alone"
-        elif isinstance(least, int) and least >= sum(pod.replicas for pod in chosen):
-            yield name_of(item), "a drain of the node would wait for ever"
-        elif least is None and most in (0, "0%", None):
+            continue
+        stuck = least >= sum(pod.replicas for pod in chosen) if isinstance(least, int) else most in (0, "0%", None)
+        if stuck:
             yield name_of(item), "a drain of the node would wait for ever"
 
 
@@ -175,9 +171,7 @@ def controllers_share_a_database(objects: Objects) -> Found:
             yield name_of(item), "a drain may take both"
 
 
-@rule(
-    "queue-name is a LocalQueue, that one's clusterQueue, flavors and topology are there; leave spec.suspend to Kueue"
-)
+@rule("queue-name is a LocalQueue; clusterQueue, flavors and topology are there; leave spec.suspend to Kueue")
 def kueue_names_resolve(objects: Objects) -> Found:
     def names(kind: str) -> set[str]:
         return {item["metadata"]["name"] for item in of_kind(objects, kind)}
