@@ -51,12 +51,24 @@ def main(arguments: list[str] | None = None) -> int:
     images = [] if options.subjects else image.dockerfiles()
     found += [finding for path in images for finding in image.check_image(path)]
     for finding in found:
-        print(finding)
+        path = source_of(finding)
+        print(f"{path}: {finding}" if path else finding)
     if skipped:
         where = options.crd_dir or schemas.crd_dir()
         print(f"not validated, for want of their schemas in {where}: {', '.join(sorted(skipped))}")
     print(f"{len(subjects)} rendered, {len(images)} images, {len(found)} findings")
     return 1 if found else 0
+
+
+def source_of(finding: Finding) -> str | None:
+    """The first file that makes the object of a finding, if one does."""
+    kind, _, name = finding.object.partition("/")
+    name = name.partition("/")[0].partition(" ")[0]
+    for path in sorted(render.K8S.rglob("*.yaml")):
+        for item in render.parse(path.read_text()):
+            if isinstance(item, dict) and (item.get("kind"), item.get("metadata", {}).get("name")) == (kind, name):
+                return str(path.relative_to(render.K8S.parent))
+    return None
 
 
 if __name__ == "__main__":

@@ -11,51 +11,20 @@ from __future__ import annotations
 import sys
 import time
 
-import sqlalchemy as sa
-
-from orchestrator.errors import ConflictError, TuneyardError
+from orchestrator.errors import TuneyardError
 from orchestrator.settings import Settings
-from orchestrator.store import schema
-from orchestrator.store.jobs import LIVE
-from orchestrator.store.store import CONTROLLER, Store
+from orchestrator.store.store import Store
 
 GAP = 1000
 """More attempts than a job begins between two copies."""
-
-
-def skip_numbers(store: Store, now: float) -> int:
-    """Let the next attempts of all live jobs begin GAP later. Returns how many jobs there are.
-
-    Raises:
-        ConflictError: a controller acts on the database.
-        StoreError: it cannot be used.
-    """
-    jobs, leases = schema.jobs, schema.leases
-    store.prepare()
-    with store._errors(), store._writing.begin() as connection:
-        held = sa.select(leases.c.holder).where(leases.c.name == CONTROLLER, leases.c.expires_at > now)
-        holder = connection.execute(held.with_for_update()).scalar()
-        if holder is not None:
-            raise ConflictError(
-                f"the controller {holder} acts on this database",
-                code="controller-acts",
-                hint="end all controllers; a lease in an older copy is over after some seconds",
-            )
-        live = jobs.c.state.in_(LIVE)
-        ids = list(connection.execute(sa.select(jobs.c.id).where(live)).scalars())
-        connection.execute(jobs.update().where(live).values(attempts=jobs.c.attempts + GAP))
-        told = {"numbers_skipped": GAP}
-        events = [{"job_id": one, "attempt": None, "time": now, "kind": "restored", "data": told} for one in ids]
-        if events:
-            connection.execute(schema.events.insert(), events)
-    return len(ids)
 
 
 def main() -> int:
     try:
         store = Store(Settings().url)
         try:
-            count = skip_numbers(store, time.time())
+            store.prepare()
+            count = store.skip_numbers(GAP, time.time())
         finally:
             store.close()
     except TuneyardError as problem:

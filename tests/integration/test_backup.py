@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,9 +31,6 @@ def commands(begins: str, holds: str) -> list[str]:
 
 
 def run(text: str, folder: Path, names: dict[str, str], **environment: str) -> str:
-    import subprocess
-    import sys
-
     for name, here in names.items():
         text = text.replace(name, here)
     env = {key: value for key, value in os.environ.items() if not key.startswith("TUNEYARD_")} | environment

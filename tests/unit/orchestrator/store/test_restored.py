@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.errors import ConflictError
 from orchestrator.job.lifecycle import JobState, Reason, ReasonCode
-from orchestrator.store.restored import GAP, main, skip_numbers
+from orchestrator.store.restored import GAP, main
 from orchestrator.store.store import Store
 from tests.builders import a_command_job
 
@@ -22,9 +22,9 @@ def test_live_jobs_skip_numbers_and_ended_ones_stay(store: Store) -> None:
         write.set_job("b-1", JobState.CANCELLED, WHY, 2.0)
     before = store.live_jobs()
     with pytest.raises(ConflictError, match="me"):
-        skip_numbers(store, 5.0)
+        store.skip_numbers(GAP, 5.0)
     assert store.job("a-1").attempts == 0
-    assert skip_numbers(store, 12.0) == 1
+    assert store.skip_numbers(GAP, 12.0) == 1
     assert [store.job(name).attempts for name in ("a-1", "b-1")] == [GAP, 0]
     assert [event.kind for event in store.events("a-1")] == ["submitted", "restored"]
     assert store.live_jobs(before)["a-1"].attempts == GAP  # whoever has read the row before reads it again
