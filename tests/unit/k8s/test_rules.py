@@ -67,6 +67,15 @@ def settings(o: Objects) -> Object:
     return found
 
 
+def flavor(o: Objects) -> Object:
+    return the(o, "ResourceFlavor", "tuneyard-gpu")
+
+
+def budget(o: Objects) -> Object:
+    found: Object = the(o, "PodDisruptionBudget", "tuneyard-controller")["spec"]
+    return found
+
+
 def quota(o: Objects) -> Object:
     found: Object = the(o, "ClusterQueue")["spec"]["resourceGroups"][0]
     return found
@@ -129,7 +138,7 @@ VIOLATIONS: tuple[tuple[str, str, Break], ...] = (
     ("pods-are-not-root", DEV, lambda o: pod(o)["securityContext"].pop("seccompProfile")),
     ("containers-are-locked-down", DEV, lambda o: container(o)["securityContext"].update(readOnlyRootFilesystem=False)),
     ("containers-are-locked-down", DEV, lambda o: container(o)["securityContext"].update(privileged=True)),
-    ("containers-are-locked-down", DEV, lambda o: ranks(o)["securityContext"]["capabilities"].update(add=["SYS_ADMIN"])),
+    ("containers-are-locked-down", DEV, lambda o: ranks(o)["securityContext"]["capabilities"].update(add=["ALL"])),
     ("hosts-are-out-of-reach", DEV, lambda o: pod(o).update(hostNetwork=True)),
     ("hosts-are-out-of-reach", DEV, lambda o: pod(o)["volumes"].append({"name": "host", "hostPath": {"path": "/"}})),
     ("containers-are-probed", DEV, lambda o: container(o).pop("livenessProbe")),
@@ -202,15 +211,15 @@ VIOLATIONS: tuple[tuple[str, str, Break], ...] = (
     ("drains-save", DEV, lambda o: drop(ranks(o), "TUNEYARD_HOME")),
     ("budgets-let-go", DEV, lambda o: the(o, "PodDisruptionBudget")["spec"].update(minAvailable=2)),
     ("budgets-let-go", DEV, lambda o: the(o, "PodDisruptionBudget")["spec"].update(minAvailable="50%")),
-    ("budgets-let-go", PROD, lambda o: the(o, "PodDisruptionBudget", "tuneyard-controller")["spec"].update(maxUnavailable=0)),
+    ("budgets-let-go", PROD, lambda o: budget(o).update(maxUnavailable=0)),
     ("controllers-share-a-database", PROD, lambda o: drop(container(o), "TUNEYARD_DATABASE_URL")),
     ("controllers-share-a-database", PROD, lambda o: controller(o)["spec"].update(strategy={"type": "Recreate"})),
     ("controllers-share-a-database", PROD, lambda o: o.remove(the(o, "PodDisruptionBudget", "tuneyard-controller"))),
     ("kueue-names-resolve", PROD, lambda o: the(o, "LocalQueue")["metadata"].update(name="other")),
     ("kueue-names-resolve", PROD, lambda o: the(o, "LocalQueue")["spec"].update(clusterQueue="other")),
-    ("kueue-names-resolve", PROD, lambda o: the(o, "ResourceFlavor", "tuneyard-gpu")["spec"].update(topologyName="other")),
-    ("kueue-names-resolve", PROD, lambda o: the(o, "ResourceFlavor", "tuneyard-gpu")["spec"].pop("nodeLabels")),
-    ("kueue-names-resolve", PROD, lambda o: the(o, "ResourceFlavor", "tuneyard-cpu")["metadata"].update(name="other")),
+    ("kueue-names-resolve", PROD, lambda o: flavor(o)["spec"].update(topologyName="other")),
+    ("kueue-names-resolve", PROD, lambda o: flavor(o)["spec"].pop("nodeLabels")),
+    ("kueue-names-resolve", PROD, lambda o: flavor(o)["metadata"].update(name="other")),
     ("kueue-names-resolve", PROD, lambda o: the(o, "WorkloadPriorityClass")["metadata"].update(name="other")),
     ("kueue-names-resolve", PROD, lambda o: ray(o).update(suspend=True)),
     ("kueue-names-resolve", PROD, lambda o: o.append(RAY_JOB)),
