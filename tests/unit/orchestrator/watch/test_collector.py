@@ -78,7 +78,7 @@ def test_a_controller_tells_what_it_did(store: Store) -> None:
     assert found["tuneyard_store_up", ""] == 1
 
 
-def test_a_database_that_is_away_is_told_and_the_rest_as_well(tmp_path: Path) -> None:
+def test_a_database_that_is_away_is_told_and_the_rest_as_well() -> None:
     store = Store("postgresql://yard@127.0.0.1:9/none")
     found = scrape(store, Known("1", acting=True, ticks=1, last_tick_at=5.0))
     assert found["tuneyard_store_up", ""] == 0
