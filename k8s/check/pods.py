@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import re
 
-from k8s.check.model import Found, Objects, containers, of_kind, pods, rule
+from k8s.check.model import Found, Objects, containers, name_of, of_kind, pods, rule
 
 TAGGED = re.compile(r"^[a-z0-9./-]+(?::\d+/[a-z0-9./-]+)?:(?!latest$)[\w.-]+$")
 LOCKED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+
+
+OF_NO_NAMESPACE = frozenset(
+    {
+        "Namespace",
+        "ClusterRole",
+        "ClusterRoleBinding",
+        "PriorityClass",
+        "StorageClass",
+        "ClusterQueue",
+        "ResourceFlavor",
+    }
+    | {"Topology", "WorkloadPriorityClass"}
+)
 
 
 @rule("name a version: image: tuneyard:0.1.0")
@@ -93,7 +107,7 @@ def disks_have_one_pod(objects: Objects) -> Found:
             yield f"Deployment/{item['metadata']['name']}", f"several pods of it would share {claims & single}"
 
 
-@rule("label the Namespace pod-security.kubernetes.io/enforce: restricted")
+@rule("label the Namespace pod-security.kubernetes.io/enforce: restricted; write metadata.namespace")
 def namespace_is_restricted(objects: Objects) -> Found:
     spaces = of_kind(objects, "Namespace")
     for item in spaces:
@@ -101,5 +115,9 @@ def namespace_is_restricted(objects: Objects) -> Found:
             yield f"Namespace/{item['metadata']['name']}", "pods of any kind are let in"
     names = {item["metadata"]["name"] for item in spaces}
     for item in objects:
-        if (space := item["metadata"].get("namespace")) is not None and space not in names:
-            yield f"{item['kind']}/{item['metadata']['name']}", f"is in the namespace {space}, which is not here"
+        space = item["metadata"].get("namespace")
+        if item["kind"] in OF_NO_NAMESPACE:
+            if space is not None:
+                yield name_of(item), "is of the whole cluster, and has a namespace"
+        elif space not in names:
+            yield name_of(item), f"is in the namespace {space}, which is not here"

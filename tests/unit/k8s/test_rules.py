@@ -149,6 +149,8 @@ VIOLATIONS: tuple[tuple[str, str, Break], ...] = (
     ("disks-have-one-pod", PROD, lambda o: the(o, "Deployment", "tuneyard-redis")["spec"].pop("strategy")),
     ("namespace-is-restricted", DEV, lambda o: the(o, "Namespace")["metadata"]["labels"].clear()),
     ("namespace-is-restricted", DEV, lambda o: controller(o)["metadata"].update(namespace="default")),
+    ("namespace-is-restricted", DEV, lambda o: controller(o)["metadata"].pop("namespace")),
+    ("namespace-is-restricted", PROD, lambda o: the(o, "ClusterQueue")["metadata"].update(namespace="tuneyard")),
     ("rights-are-listed", DEV, lambda o: the(o, "Role")["rules"][0].update(verbs=["*"])),
     ("rights-are-listed", DEV, lambda o: the(o, "Role")["rules"][0].update(resources=["secrets"])),
     ("rights-are-listed", DEV, lambda o: the(o, "Role").update(kind="ClusterRole")),
