@@ -26,8 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rules", action="store_true", help="list the rules")
     options = parser.parse_args(arguments)
     if options.rules:
-        for name, remedy in [*((one.name, one.remedy) for one in (*RULES, *image.IMAGE_RULES))]:
-            print(f"{name}: {remedy}")
+        told = [(one.name, one.remedy) for one in RULES] + [(one.name, one.remedy) for one in image.IMAGE_RULES]
+        print(*(f"{name}: {remedy}" for name, remedy in told), sep="\n")
         return 0
     if render.kubectl() is None:
         print("kubectl is not installed: nothing can be rendered", file=sys.stderr)

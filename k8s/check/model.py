@@ -108,14 +108,15 @@ def pods(objects: Iterable[Object]) -> Iterator[Pod]:
 
 def _labels(template: Object, cluster: str, node_type: str, group: str) -> dict[str, str]:
     own = {"ray.io/cluster": cluster, "ray.io/node-type": node_type, "ray.io/group": group}
-    return own | template.get("metadata", {}).get("labels", {})
+    labels: dict[str, str] = template.get("metadata", {}).get("labels", {})
+    return own | labels
 
 
 def _with_autoscaler(head: Object, spec: Object) -> Object:
     if not spec.get("enableInTreeAutoscaling"):
         return dict(head["spec"])
     given = {key: value for key, value in spec.get("autoscalerOptions", {}).items() if key in AUTOSCALER_CONTAINER}
-    return head["spec"] | {"containers": [*head["spec"]["containers"], {"name": "autoscaler", **given}]}
+    return {**head["spec"], "containers": [*head["spec"]["containers"], {"name": "autoscaler", **given}]}
 
 
 AUTOSCALER_CONTAINER = (

@@ -216,7 +216,7 @@ def kueue_quota_holds_the_cluster(objects: Objects) -> Found:
         total = quotas.setdefault(item["metadata"]["name"], Counter())
         for group in item["spec"]["resourceGroups"]:
             for flavor in group["flavors"]:
-                total.update({one["name"]: quantity(one["nominalQuota"]) for one in flavor["resources"]})  # type: ignore[misc]
+                total.update({one["name"]: quantity(one["nominalQuota"]) for one in flavor["resources"]})
     for item in of_kind(objects, "RayCluster"):
         queue = queues.get(item["metadata"].get("labels", {}).get(QUEUE, ""))
         if queue not in quotas:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
@@ -15,6 +16,7 @@ from orchestrator.store.store import Store
 from orchestrator.watch import families
 from orchestrator.watch.families import Family
 
+Labels = TypeVar("Labels", bound=tuple[str, ...])
 FREE, USED, CLOSED = "free", "used", "closed"
 
 
@@ -114,14 +116,14 @@ def slots(nodes: Iterable[Node], busy: Mapping[str, int], closed: Iterable[str])
     yield _gauge(families.CPU_SLOTS, {(state,): cpus[(state,)] for state in (FREE, USED, CLOSED)})
 
 
-def _gauge(family: Family, values: Mapping[tuple[str, ...], float]) -> Metric:
+def _gauge(family: Family, values: Mapping[Labels, float]) -> Metric:
     metric = GaugeMetricFamily(family.name, family.told, labels=family.labels)
     for labels, value in sorted(values.items()):
         metric.add_metric(labels, value)
     return metric
 
 
-def _counter(family: Family, values: Mapping[tuple[str, ...], float]) -> Metric:
+def _counter(family: Family, values: Mapping[Labels, float]) -> Metric:
     metric = CounterMetricFamily(family.name, family.told, labels=family.labels)
     for labels, value in sorted(values.items()):
         metric.add_metric(labels, value)
