@@ -159,6 +159,12 @@ class Controller:
         return actions + self._carry_out(list(decided), state, self.lease)
 
     @property
+    def acting(self) -> bool:
+        """Whether it holds the lease, and nobody may have taken it meanwhile; from any thread."""
+        lease = self.lease
+        return lease is not None and lease.expires_at > self.clock()
+
+    @property
     def nodes(self) -> Sequence[Node]:
         """As they were seen last; none before the first tick under the lease."""
         return self._nodes

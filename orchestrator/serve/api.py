@@ -183,7 +183,7 @@ def create_app(controller: Controller, token: str, head: str | None = None) -> F
 
     @app.get("/healthz")
     def healthz() -> dict[str, Any]:
-        return {"ok": True, "version": __version__, "acting": controller.lease is not None}
+        return {"ok": True, "version": __version__, "acting": controller.acting}
 
     @guarded.post("/jobs", status_code=201)
     def submit(submission: Submission) -> JobView:

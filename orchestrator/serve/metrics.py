@@ -58,7 +58,7 @@ def known_of(controller: Controller) -> Known:
     tally = controller.tally
     return Known(
         version=__version__,
-        acting=controller.lease is not None,
+        acting=controller.acting,
         ticks=tally.ticks,
         tick_s=tally.tick_s,
         last_tick_at=tally.last_tick_at,
