@@ -1,5 +1,5 @@
-"""What Kubernetes runs, as processes of this machine: a Ray head that asks for a token, and two controllers that connect
-to it from outside (ray://) and share a PostgreSQL. One acts, both answer, and the second takes over."""
+"""What Kubernetes runs, as processes of this machine: a Ray head that asks for a token, and two controllers that
+connect to it from outside (ray://) and share a PostgreSQL. One acts, both answer, and the second takes over."""
 
 from __future__ import annotations
 
@@ -105,6 +105,7 @@ class Controller:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_one_acts_and_the_other_takes_over(tmp_path: Path) -> None:
     with ExitStack() as stack:
         url = stack.enter_context(postgres.server())
