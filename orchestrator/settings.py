@@ -28,6 +28,8 @@ class Settings(BaseSettings):
     """Port of the API; 0 takes a free one."""
     token: SecretStr | None = None
     """The API's token; unset makes one and keeps it in `home`, readable by its owner alone."""
+    metrics_token: SecretStr | None = Field(None, min_length=16)
+    """A token that is good for GET /metrics alone, for a monitoring system; the API's is, too."""
     redis: str | None = Field(None, pattern=r"^[^\s/]+:\d+$")
     """host:port of a Redis, for a yard on this machine: Ray's head can then be killed and started again while trainings
     go on. Unset, a new head makes the cluster anew, and jobs go on from their checkpoints."""

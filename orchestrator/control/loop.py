@@ -38,6 +38,7 @@ from orchestrator.control.reconcile import reconcile
 from orchestrator.control.rules import rules_of
 from orchestrator.control.stops import PREEMPT
 from orchestrator.control.suspicion import Suspicion
+from orchestrator.control.tally import Tally
 from orchestrator.control.wishes import label_of, ways_of
 from orchestrator.errors import ExecutorError, LeaseLostError, StoreError
 from orchestrator.execute.protocol import Executor
@@ -73,6 +74,7 @@ class Controller:
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{id(self):x}"
         self.lease: Lease | None = None
         self.tracer = Tracer(clock)
+        self.tally = Tally()
         self.wake = threading.Event()
         self._policy = Policy(
             leash=settings.leash,
@@ -98,8 +100,11 @@ class Controller:
     def step(self) -> None:
         """One tick whose foreseen troubles are logged; the next one tries again."""
         self.wake.clear()
+        began = time.monotonic()
         try:
             self.tick()
+            if self.lease is not None:
+                self.tally.tick(time.monotonic() - began, self.clock())
         except LeaseLostError as problem:
             log.warning("lease lost", error=problem.message)
             self.lease = self._board = None
@@ -152,6 +157,17 @@ class Controller:
         facts = replace(facts, tracing=self._trace(state, facts.nodes))
         decided = dispatch(state, facts, self.clock(), self._policy, self._board)
         return actions + self._carry_out(list(decided), state, self.lease)
+
+    @property
+    def acting(self) -> bool:
+        """Whether it holds the lease, and nobody may have taken it meanwhile; from any thread."""
+        lease = self.lease
+        return lease is not None and lease.expires_at > self.clock()
+
+    @property
+    def nodes(self) -> Sequence[Node]:
+        """As they were seen last; none before the first tick under the lease."""
+        return self._nodes
 
     def look(self) -> tuple[State, Facts]:
         """What is stored of the living and which nodes there are, for who only wants to know; from any thread.
@@ -270,6 +286,7 @@ class Controller:
                 self.executor.stop(contracts[job_id, number], request)
             case EndAttempt():
                 self._end(action, lease, contracts[action.job_id, action.number], now)
+                self.tally.end(action)
             case MoveJob(job_id, state, reason):
                 with self.store.acting(lease) as write:
                     # What it waited for before is over, and so is what was told of its last attempt.

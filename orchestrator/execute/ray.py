@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RaySystemError
+from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayError, RaySystemError
 from ray.util import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -200,8 +200,9 @@ class RayExecutor:
         """The node's agent, made if there is none; made again if it died."""
         if node_id not in self._agents:
             actor, dead = ray.remote(self._agent_class), self._dead_found.get(node_id)
-            self._agents[node_id] = actor.options(
-                name=f"node-agent-{node_id}" if dead is None else f"node-agent-{node_id}-{dead}",
+            name = f"node-agent-{node_id}" if dead is None else f"node-agent-{node_id}-{dead}"
+            agent: Any = actor.options(
+                name=name,
                 namespace=NAMESPACE,
                 lifetime="detached",
                 get_if_exists=True,
@@ -209,7 +210,12 @@ class RayExecutor:
                 max_concurrency=8,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
             ).remote(self._standbys)
-            self._pings[node_id] = self._agents[node_id].ping.remote()
+            try:
+                self._pings[node_id] = agent.ping.remote()
+            except ActorAlreadyExistsError:  # who connects from outside (ray://) is not heard on get_if_exists
+                agent = ray.get_actor(name, namespace=NAMESPACE)
+                self._pings[node_id] = agent.ping.remote()
+            self._agents[node_id] = agent
         return self._agents[node_id]
 
     def _call(self, node_id: str, method: str, *arguments: Any) -> Any:

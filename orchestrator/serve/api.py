@@ -1,5 +1,5 @@
 """The REST API: jobs, events, logs, pause, cancel; queues and nodes are in `administration`. Every request needs the
-yard's token, but for /healthz."""
+yard's token, but for /healthz; for /metrics one that reads no more will do."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ from orchestrator.schedule.place import room_for
 from orchestrator.serve.administration import administer
 from orchestrator.serve.goodput import keep_accounts
 from orchestrator.serve.joining import let_join
+from orchestrator.serve.metrics import expose
 from orchestrator.serve.names import JobId
 from orchestrator.serve.outlook import foresee
 from orchestrator.serve.views import attempt_view, job_view
@@ -119,13 +120,21 @@ def create_app(controller: Controller, token: str, head: str | None = None) -> F
     app = FastAPI(title="Tuneyard", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     store, executor = controller.store, controller.executor
 
-    def authorized(request: Request) -> None:
+    def check(request: Request, *tokens: str) -> None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), token.encode()):
+        known = [hmac.compare_digest(given.encode(), one.encode()) for one in tokens]
+        if scheme.lower() != "bearer" or not any(known):
             raise UnauthorizedError(
                 "the token is missing or wrong",
                 hint="send `Authorization: Bearer TOKEN`; the CLI reads it from TUNEYARD_HOME",
             )
+
+    def authorized(request: Request) -> None:
+        check(request, token)
+
+    def may_watch(request: Request) -> None:
+        other = controller.settings.metrics_token
+        check(request, token, *([] if other is None else [other.get_secret_value()]))
 
     guarded = APIRouter(prefix="/v1", dependencies=[Depends(authorized)])
 
@@ -174,7 +183,7 @@ def create_app(controller: Controller, token: str, head: str | None = None) -> F
 
     @app.get("/healthz")
     def healthz() -> dict[str, Any]:
-        return {"ok": True, "version": __version__, "acting": controller.lease is not None}
+        return {"ok": True, "version": __version__, "acting": controller.acting}
 
     @guarded.post("/jobs", status_code=201)
     def submit(submission: Submission) -> JobView:
@@ -296,6 +305,7 @@ def create_app(controller: Controller, token: str, head: str | None = None) -> F
     foresee(guarded, controller)
     keep_accounts(guarded, controller)
     let_join(guarded, controller, head)
+    expose(app, controller, may_watch)
     app.include_router(guarded)
     return app
 

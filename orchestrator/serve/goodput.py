@@ -99,6 +99,19 @@ def keep_accounts(guarded: APIRouter, controller: Controller) -> None:
         return _cluster_view(books, store.inventories(since), since, now, bins, controller.settings)
 
 
+def slot_seconds(store: Store, since: float, now: float, most_jobs: int) -> dict[str, float] | None:
+    """What slots were held for in a time, by category; None where it is of more than `most_jobs` jobs.
+
+    Raises:
+        StoreError: the database cannot be used.
+    """
+    rows = store.jobs_between(since, now, most_jobs + 1, begun=True)
+    if len(rows) > most_jobs:
+        return None
+    books = _books(store, rows, min([since, *(row.submitted_at for row in rows)]), now)
+    return _named(use_of([part for book in books for part in within(book.parts, since, now)]).slot_seconds)
+
+
 def _books(store: Store, rows: Sequence[JobRow], since: float, now: float) -> list[Book]:
     """The accounts of these jobs, the first of which was submitted at `since`."""
     inventories = store.inventories(since)

@@ -15,12 +15,14 @@ from orchestrator.store.rows import AttemptRow, EventRow, InventoryRow, JobRow
 class Accounts(Database):
     """Reads alone."""
 
-    def jobs_between(self, since: float, until: float, limit: int) -> list[JobRow]:
-        """Jobs that had been submitted by `until` and had not ended before `since`, the newest `limit`, in order."""
+    def jobs_between(self, since: float, until: float, limit: int, *, begun: bool = False) -> list[JobRow]:
+        """Jobs that had been submitted by `until` and had not ended before `since`, the newest `limit`, in order;
+        `begun`: those that ever had an attempt."""
         table = schema.jobs
         query = (
             sa.select(table)
             .where(table.c.submitted_at < until, sa.or_(table.c.finished_at.is_(None), table.c.finished_at > since))
+            .where(table.c.attempts > 0 if begun else sa.true())
             .order_by(table.c.sequence.desc())
             .limit(limit)
         )

@@ -152,6 +152,16 @@ class QueueUse(Row):
     """Processes that have a place."""
 
 
+class LiveCount(Row):
+    """How many jobs of a queue are in a state that is not final."""
+
+    queue: str
+    state: JobState
+    jobs: int
+    waits_since: float | None = None
+    """Of those that are queued: when the longest present wait began."""
+
+
 class Mark(enum.StrEnum):
     """Why a node gets no new attempts."""
 

@@ -8,19 +8,20 @@ from collections.abc import Iterable, Iterator
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
-from orchestrator.errors import LeaseLostError
+from orchestrator.errors import ConflictError, LeaseLostError
 from orchestrator.memory.alike import Peak
 from orchestrator.store import schema
 from orchestrator.store.accounts import Accounts
 from orchestrator.store.administration import Administration
-from orchestrator.store.jobs import Jobs
+from orchestrator.store.jobs import LIVE, Jobs
 from orchestrator.store.rows import AttemptRow, EventRow, HistoryRow, Lease
 from orchestrator.store.transaction import Transaction
+from orchestrator.store.watching import Watching
 
 CONTROLLER = "controller"
 
 
-class Store(Jobs, Administration, Accounts):
+class Store(Jobs, Administration, Accounts, Watching):
     """One database, SQLite (WAL) or PostgreSQL. Safe to use from several threads and processes."""
 
     def prepare(self) -> None:
@@ -124,6 +125,31 @@ class Store(Jobs, Administration, Accounts):
                 table.update().where(table.c.name == CONTROLLER).values(holder=holder, token=token, expires_at=expires)
             )
             return Lease(name=CONTROLLER, holder=holder, token=token, expires_at=expires)
+
+    def skip_numbers(self, gap: int, now: float) -> int:
+        """Let the next attempts of all live jobs have numbers that are `gap` higher. Returns how many jobs there are.
+
+        Raises:
+            ConflictError: a controller acts on the database.
+        """
+        jobs, leases = schema.jobs, schema.leases
+        with self._errors(), self._writing.begin() as connection:
+            held = sa.select(leases.c.holder).where(leases.c.name == CONTROLLER, leases.c.expires_at > now)
+            holder = connection.execute(held.with_for_update()).scalar()
+            if holder is not None:
+                raise ConflictError(
+                    f"the controller {holder} acts on this database",
+                    code="controller-acts",
+                    hint="end all controllers; a lease in an older copy is over after some seconds",
+                )
+            live = jobs.c.state.in_(LIVE)
+            ids = list(connection.execute(sa.select(jobs.c.id).where(live)).scalars())
+            connection.execute(jobs.update().where(live).values(attempts=jobs.c.attempts + gap))
+            told = {"numbers_skipped": gap}
+            events = [{"job_id": one, "attempt": None, "time": now, "kind": "restored", "data": told} for one in ids]
+            if events:
+                connection.execute(schema.events.insert(), events)
+        return len(ids)
 
     def release_lease(self, lease: Lease) -> None:
         """Let another controller act at once."""

@@ -59,8 +59,8 @@ ROUTES = [
 
 def test_the_routes_are_found() -> None:
     paths = {path for _, path in ROUTES}
-    assert {"/healthz", "/v1/jobs", "/v1/jobs/job-1/logs", "/v1/nodes", "/v1/queues/name"} <= paths
-    assert len(ROUTES) == 27
+    assert {"/healthz", "/metrics", "/v1/jobs", "/v1/jobs/job-1/logs", "/v1/nodes", "/v1/queues/name"} <= paths
+    assert len(ROUTES) == 28
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json"])
