@@ -1,7 +1,7 @@
-"""`python -m orchestrator.serve.rayjob ORDER`, the entrypoint of a RayJob: the controller of one job, on its Ray cluster.
+"""`python -m orchestrator.serve.rayjob ORDER`, a RayJob's entrypoint: the controller of one job, on its Ray cluster.
 
-What it is to do is a file (outside.k8s.record.RunOrder). It waits until all nodes are there, so that the job starts as a
-gang. SIGTERM, and `--leave` in the preStop hook of its pod, are a pause: the ranks save and end. The next run, on
+What it is to do is a file (outside.k8s.record.RunOrder). It waits until all nodes are there: the job starts as a gang.
+SIGTERM, and `--leave` in the preStop hook of its pod, are a pause: the ranks save and end. The next run, on
 another Ray cluster, has the same database on the volume, and goes on from there.
 """
 

@@ -42,7 +42,7 @@ class Operators:
     room: int = 100
     """Pods that there are nodes for."""
     start: Callable[[Object], Any] = Entrypoint
-    before_stop: Callable[[Object], None] = lambda pod: None
+    before_stop: Callable[[Object], None] = lambda _: None
     """The preStop hook of a pod."""
     running: dict[str, Any] = field(default_factory=dict)
     """By RayJob's name."""
@@ -86,7 +86,8 @@ class Operators:
         for name in sorted(waiting, key=lambda one: queued[one]["metadata"]["creationTimestamp"]):
             wanted = pods_of(queued[name])
             if used + wanted > self.pods_quota:
-                message = f"couldn't assign flavors: insufficient quota for pods: {wanted} asked, {self.pods_quota - used} unused"
+                left = self.pods_quota - used
+                message = f"couldn't assign flavors: insufficient quota for pods: {wanted} asked, {left} unused"
                 self._conditions(workloads[name], QuotaReserved=("False", "Pending", message))
                 continue
             used += wanted

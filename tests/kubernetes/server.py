@@ -1,8 +1,8 @@
 """`python -m tests.kubernetes.server --port N`: an emulated Kubernetes API server, a process of its own.
 
 It is no Kubernetes: there is no scheduler, kubelet or controller behind it (tests.kubernetes.operators plays some), no
-authentication, and no admission but for the published schemas. Clients need not know that: `kubernetes` and kubectl talk
-to it unchanged. Under /emulator a test asks for faults and for what was asked of it.
+authentication, and no admission but for the published schemas. Clients need not know: `kubernetes` and kubectl talk to
+it unchanged. Under /emulator a test asks for faults and for what was asked of it.
 """
 
 from __future__ import annotations

@@ -152,9 +152,9 @@ class Storage:
         if version < self.oldest:
             raise Refusal(410, "Expired", f"too old resource version: {version} ({self.oldest})")
         for number, what, kind, item in self.history:
-            if number > version and kind == resource:
-                if not namespace or item["metadata"].get("namespace") == namespace:
-                    yield number, what, item
+            inside = not namespace or item["metadata"].get("namespace") == namespace
+            if number > version and kind == resource and inside:
+                yield number, what, item
 
     def _check(self, resource: Resource, item: Object) -> None:
         wrong = faults(resource, item)

@@ -189,7 +189,7 @@ class Api:
             raise YardError(
                 f"the Kubernetes API at {self.server} has not answered for {self._patience_s:.0f} s: {problem}",
                 code="kubernetes-unreachable",
-                hint="`kubectl cluster-info` tells whether it is up; the same verb may be said again, nothing is doubled",
+                hint="`kubectl cluster-info` tells whether it is up; say the same again, nothing is doubled",
             ) from problem
         raise AssertionError("tenacity ends by an answer or an exception")
 

@@ -114,7 +114,7 @@ def object_name(job_id: str) -> str:
 
 
 def parse_id(job_id: str) -> tuple[str, str]:
-    """`k8s:lab/sms-x1y2z` as (lab, sms-x1y2z). Raises NotFoundError for what is no id, so that no other path is read."""
+    """`k8s:lab/sms-x1y2z` as (lab, sms-x1y2z). Raises NotFoundError for what is no id: no other path is read."""
     match = ID.fullmatch(job_id.removeprefix(PREFIX))
     if match is None:
         raise NotFoundError(f"`{job_id}` is no id of a RayJob", field="job", hint="write k8s:NAMESPACE/NAME")

@@ -111,11 +111,8 @@ class Kubernetes(Outside):
             yield handed, rayjob_of(handed, run, shape, kinds[shape.kind or CPU], options)
 
     def jobs(self, limit: int = MAX_JOBS, array: str | None = None) -> list[JobView]:
-        if array is None:
-            handed = list(record.recall_all(self._settings.root))[-limit:]
-        else:
-            handed = self._elements(array)
-        return self._views(handed)
+        every = record.recall_all(self._settings.root) if array is None else self._elements(array)
+        return self._views(list(every)[-limit:])
 
     def job(self, job_id: str) -> JobView:
         return self._views([self._recall(job_id)])[0]
