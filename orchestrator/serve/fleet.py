@@ -12,8 +12,8 @@ import structlog
 from orchestrator.cluster.group import Group
 from orchestrator.control.board import Board
 from orchestrator.control.dispatch import yard_of
-from orchestrator.control.fleet import Idle, Look, Present, Wishes, potential, wish
 from orchestrator.control.facts import Prospect
+from orchestrator.control.fleet import Idle, Look, Present, Wishes, potential, wish
 from orchestrator.control.loop import Controller, history_of
 from orchestrator.control.rules import rules_of
 from orchestrator.errors import ConflictError, TuneyardError

@@ -7,9 +7,8 @@ import http.client
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import tenacity
 from kubernetes import client as k8s
@@ -20,6 +19,7 @@ from kubernetes.config.config_exception import ConfigException
 from urllib3.exceptions import HTTPError
 
 from orchestrator.errors import ConflictError, ExecutorError, NotFoundError, SpecError, UnauthorizedError, YardError
+from orchestrator.outside.k8s.again import WatchExpired
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient
@@ -35,11 +35,6 @@ TELL_AFTER_S = 3.0
 AGAIN = frozenset({429, 500, 502, 503, 504})
 GONE = 410
 Object = dict[str, Any]
-T = TypeVar("T")
-
-
-class WatchExpired(Exception):
-    """What is watched from is too old for the server: list, and begin again."""
 
 
 class Api:
@@ -268,18 +263,6 @@ def _connected(context: str | None) -> ApiClient:
             code="no-kubernetes",
             hint="a kubeconfig names one (KUBECONFIG, ~/.kube/config); --with context=NAME takes another of it",
         ) from problem
-
-
-def until_unchanged(change: Callable[[], T], tries: int = 20) -> T:
-    """Read, decide and write until nobody has written in between: `change` does all three, and raises ConflictError."""
-    for left in reversed(range(tries)):
-        try:
-            return change()
-        except ConflictError:
-            if not left:
-                raise
-            time.sleep(0.02)
-    raise AssertionError
 
 
 @functools.cache

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.cluster.gpus import gpu_type
 from orchestrator.cluster.group import Group
 from orchestrator.cluster.model import HOST_SHARE, Gpu, Node
 from orchestrator.errors import NotFoundError
-from orchestrator.outside.k8s.api import Api, WatchExpired, until_unchanged
+from orchestrator.outside.k8s.again import WatchExpired, until_unchanged
 from orchestrator.outside.k8s.manifest import GPU_TYPE
 
 RAYCLUSTERS = "rayclusters"
+if TYPE_CHECKING:
+    from orchestrator.outside.k8s.api import Api
+
 GROUP_LABEL = "ray.io/node-group"
 """Which Ray nodes have where KubeRay says it to them (RAY_NODE_TYPE_NAME); else a pod's name tells."""
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
