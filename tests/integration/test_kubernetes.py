@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +15,25 @@ from orchestrator.errors import ConflictError, NotFoundError, SpecError, YardErr
 from orchestrator.job.lifecycle import JobState, ReasonCode
 from orchestrator.outside.k8s import api as api_module
 from orchestrator.outside.k8s import record
-from orchestrator.outside.k8s.api import Api
-from orchestrator.outside.k8s.cluster import RayCluster
 from orchestrator.outside.k8s.system import Kubernetes
 from orchestrator.outside.protocol import Order
 from orchestrator.outside.record import Status
 from orchestrator.settings import Settings
 from tests.builders import a_command_job
-from tests.kubernetes.cluster import Cluster, a_cluster, beyond, rules_of, unused
+from tests.kubernetes.cluster import Cluster, beyond, rules_of, unused
 from tests.kubernetes.operators import Operators
-from tests.kubernetes.resources import CRDS, ROOT
+from tests.kubernetes.resources import ROOT
 
-pytestmark = pytest.mark.skipif(
-    not (CRDS / "ray.io_rayjobs.json").is_file(), reason=f"no RayJob schema in {CRDS}; TUNEYARD_CRD_DIR names another"
-)
 QUEUED = ("queue=research",)
 asked: list[Any] = []
 """All that the verbs of this module's tests asked of the server."""
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with a_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
-        yield cluster
-
-
 @pytest.fixture
-def cluster(server: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """The server, with nothing in it."""
-    for name, value in server.env.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv(api_module.ENV_PATIENCE, "20")
-    monkeypatch.setattr(api_module, "FIRST_PAUSE_S", 0.01)
-    api_module.api.cache_clear()
-    server.forget()
-    yield server
-    asked.extend(one for one in server.asked("OpenAPI-Generator"))
-    for plural in ("rayjobs", "rayclusters", "workloads", "pods"):
-        for item in server.find(plural):
-            server.patch(plural, item["metadata"]["name"], {"metadata": {"finalizers": None}})
-            server.delete(plural, item["metadata"]["name"], gracePeriodSeconds=0)
-
-
-@pytest.fixture
-def place(cluster: Cluster, tmp_path: Path) -> Kubernetes:
-    return Kubernetes(Settings(home=tmp_path / "home"))
+def place(cluster: Cluster, tmp_path: Path) -> Iterator[Kubernetes]:
+    """The backend; what is asked of the server is remembered for this module's last test."""
+    yield Kubernetes(Settings(home=tmp_path / "home"))
+    asked.extend(cluster.asked("OpenAPI-Generator"))
 
 
 @pytest.fixture
@@ -148,6 +122,11 @@ def test_what_its_run_tells_is_told(place: Kubernetes, operators: Operators, tmp
     assert place.job(view.id).state == JobState.STARTING  # that was the run before
     tell(place, view.id, tmp_path, state=JobState.FAILED, attempts=2)
     assert place.job(view.id).state == JobState.FAILED
+
+
+def hook_of(pod: Any) -> list[str]:
+    command: list[str] = pod["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    return command
 
 
 def test_an_eviction_of_a_worker_and_of_the_head(
@@ -279,7 +258,7 @@ def test_a_create_whose_answer_is_lost_is_not_doubled(place: Kubernetes, cluster
 def test_the_name_of_another_is_not_taken(place: Kubernetes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from orchestrator.outside.k8s import system
 
-    monkeypatch.setattr(system, "job_ids", lambda jobs: iter(["job-aaaaa"]))
+    monkeypatch.setattr(system, "job_ids", lambda _: iter(["job-aaaaa"]))
     place.submit(order(tmp_path))
     with pytest.raises(ConflictError, match="already exists"):
         place.submit(order(tmp_path))
@@ -365,64 +344,6 @@ def test_wait_follows_to_the_end(place: Kubernetes, operators: Operators, tmp_pa
     assert (states[0], states[-1]) == (JobState.STARTING, JobState.SUCCEEDED)
 
 
-# Watches and changes of a RayCluster.
-
-
-def a_raycluster(cluster: Cluster, name: str = "yard", **bounds: int) -> None:
-    def group(name: str) -> Any:
-        container = {"name": "ray-worker", "image": "x:1", "resources": {"limits": {"cpu": "4", "memory": "8Gi"}}}
-        sizes = {"replicas": 1, "minReplicas": 0, "maxReplicas": 4, **bounds}
-        return {"groupName": name, "rayStartParams": {}, "template": {"spec": {"containers": [container]}}, **sizes}
-
-    head = {"rayStartParams": {}, "template": {"spec": {"containers": [{"name": "ray-head", "image": "x:1"}]}}}
-    spec = {"headGroupSpec": head, "workerGroupSpecs": [group("small"), group("large")]}
-    cluster.create("rayclusters", {"metadata": {"name": name}, "spec": spec})
-
-
-def test_a_raycluster_is_watched_through_an_expired_version(cluster: Cluster) -> None:
-    a_raycluster(cluster)
-    mine = RayCluster(Api(), "default", "yard")
-    changes = mine.changes(seconds=30)
-    seen = next(changes)
-    cluster.status("rayclusters", "yard", readyWorkerReplicas=1)
-    began = time.monotonic()
-    assert next(changes)["status"]["readyWorkerReplicas"] == 1
-    assert time.monotonic() - began < 5
-    cluster.control("expire")
-    assert list(changes) == []  # it is to be read anew
-    again = mine.changes(seconds=30)
-    assert next(again)["metadata"]["resourceVersion"] != seen["metadata"]["resourceVersion"]
-    cluster.delete("rayclusters", "yard")
-    with pytest.raises(NotFoundError, match="was deleted"):
-        next(again)
-
-
-def test_a_change_in_between_is_not_lost(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    a_raycluster(cluster)
-    mine, meddled = RayCluster(Api(), "default", "yard"), []
-    read = RayCluster.read
-
-    def meddle(self: RayCluster) -> Any:
-        found = read(self)
-        if len(meddled) < 2:
-            meddled.append(1)
-            cluster.patch("rayclusters", "yard", {"metadata": {"labels": {"meddled": str(len(meddled))}}})
-        return found
-
-    monkeypatch.setattr(RayCluster, "read", meddle)
-    mine.resize({"small": 3}, {"small": ["yard-small-1"]})
-    found = cluster.get("rayclusters", "yard")
-    assert found is not None
-    assert [group["replicas"] for group in found["spec"]["workerGroupSpecs"]] == [3, 1]
-    assert found["spec"]["workerGroupSpecs"][0]["scaleStrategy"] == {"workersToDelete": ["yard-small-1"]}
-    assert found["metadata"]["labels"] == {"meddled": "2"}
-    mine.resize({"small": 9}, {})
-    found = cluster.get("rayclusters", "yard")
-    assert found is not None
-    assert found["spec"]["workerGroupSpecs"][0]["replicas"] == 4  # its bound
-    assert "scaleStrategy" not in found["spec"]["workerGroupSpecs"][0]
-
-
 # kubectl
 
 
@@ -456,6 +377,3 @@ def test_the_role_of_users_is_what_verbs_do() -> None:
     assert unused(mine, rules) == []
     without = [{**rule, "verbs": [verb for verb in rule["verbs"] if verb != "patch"]} for rule in rules]
     assert beyond(mine, without) == ["patch ray.io/rayjobs/"]
-
-
-Verb = Callable[..., tuple[int, str, str]]

@@ -128,6 +128,19 @@ class Cluster:
     def forget(self) -> None:
         self.control("requests", "DELETE")
 
+    def empty(self) -> None:
+        """Take away what clients and operators have made."""
+        for plural in ("rayjobs", "rayclusters", "workloads", "pods"):
+            for item in self.find(plural):
+                name = item["metadata"]["name"]
+                try:
+                    self.patch(plural, name, {"metadata": {"finalizers": None}})
+                    self.delete(plural, name, gracePeriodSeconds=0)
+                except Answer as problem:
+                    if problem.code != 404:  # its owner took it along
+                        raise
+        self.control("faults", "DELETE")
+
     def kubectl(self, *arguments: str, stdin: str | None = None, check: bool = True) -> str:
         done = subprocess.run(
             ["kubectl", *arguments], env={**os.environ, **self.env}, input=stdin, capture_output=True, text=True,

@@ -237,6 +237,9 @@ class Handler(BaseHTTPRequestHandler):
                     emulator.faults.append({"times": 1, **body})
             case "GET", "faults":
                 return emulator.faults
+            case "DELETE", "faults":
+                with emulator.lock:
+                    emulator.faults.clear()
             case "GET", "requests":
                 with emulator.lock:
                     return list(emulator.requests)
