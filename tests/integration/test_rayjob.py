@@ -1,0 +1,156 @@
+"""The entrypoint of a RayJob on a real Ray of this machine: what KubeRay would start, and end, again and again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.attempt import AttemptFiles
+from launch.document import read_document
+from orchestrator.job.lifecycle import JobState
+from orchestrator.job.spec import AnyJob, load_job
+from orchestrator.outside.k8s.record import Files, RunOrder
+from orchestrator.outside.record import Patience, Status, task_of
+from orchestrator.serve.rayjob import DONE, FAILED, LEFT
+from tests.kubernetes.resources import ROOT
+from tests.worlds import write_bert, write_messages
+from tests.yards import Yard, a_yard, until
+
+STEPS = 300
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[tuple[Yard, dict[str, str]]]:
+    """A Ray cluster of one node without a controller, and the environment of its drivers."""
+    with a_yard(cpu_slots="2", leash="5", leash_margin="1") as yard:
+        address, env = yard.without_controller()
+        yield yard, {**env, "RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> AnyJob:
+    folder = tmp_path_factory.mktemp("world")
+    job = {
+        "name": "small",
+        "model": {
+            "name_or_path": str(write_bert(folder / "bert")), "task": "sequence-classification", "dropout": 0.0,
+        },
+        "data": {"train": str(write_messages(folder / "data.tsv")), "split": {"test": 0.2}, "max_length": 32},
+        "train": {"max_steps": STEPS, "global_batch_size": 16, "learning_rate": 1e-3},
+        "strategy": "single",
+        "resources": {"num_processes": 1},
+    }  # fmt: skip
+    path = folder / "small.yaml"
+    path.write_text(json.dumps(job))
+    return load_job(read_document(path, ()))
+
+
+class Pod:
+    """Where runs of one job are started, one after the other; the volume is a directory."""
+
+    def __init__(self, folder: Path, job: AnyJob, name: str, env: dict[str, str], nodes: int = 1) -> None:
+        self.order = folder / f"{name}.json"
+        patience = Patience(leash=5, leash_margin=1, stop_grace=30, tick=0.1)
+        order = RunOrder(
+            root=str(folder),
+            nodes=nodes,
+            processes=1,
+            grace_s=60,
+            patience=patience,
+            task=task_of(name, job, None, None),
+        )
+        self.order.write_text(order.model_dump_json())
+        self.files, self.env = Files(folder, name), env
+
+    def start(self, *more: str) -> subprocess.Popen[str]:
+        argv = [sys.executable, "-m", "orchestrator.serve.rayjob", str(self.order), *more]
+        return subprocess.Popen(argv, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    @property
+    def status(self) -> Status:
+        found = self.files.read_status()
+        assert found is not None
+        return found
+
+    def losses(self, attempt: int) -> dict[int, float]:
+        path = AttemptFiles(self.files.folder / f"attempt-{attempt}").progress(0)
+        if not path.exists():
+            return {}
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        return {one["step"]: one["loss"] for one in lines if one["phase"] == "train" and one.get("loss") is not None}
+
+
+def finished(run: subprocess.Popen[str], code: int) -> str:
+    out, _ = run.communicate(timeout=240)
+    assert run.returncode == code, out
+    return out
+
+
+def test_a_run_that_is_told_to_leave_saves_and_the_next_goes_on(
+    ray: tuple[Yard, dict[str, str]], training: AnyJob, tmp_path: Path
+) -> None:
+    _, env = ray
+    whole = Pod(tmp_path, training, "whole-aaaaa", env)
+    finished(whole.start(), DONE)
+    assert whole.status.job.state == JobState.SUCCEEDED
+
+    pod = Pod(tmp_path, training, "parts-bbbbb", env)
+    first = pod.start()
+    until(lambda: max(pod.losses(1), default=0) >= 5)
+    finished(pod.start("--leave", "--grace", "60"), DONE)
+    out = finished(first, LEFT)
+    assert "Kubernetes takes this run's pods: it waits for another run" in out
+    told = pod.status
+    assert (told.job.state, told.told_to_end) == (JobState.PAUSED, True)
+    assert told.job.checkpoint is not None
+    saved = told.job.checkpoint.step
+    assert 5 <= saved < STEPS
+
+    finished(pod.start(), DONE)
+    last = pod.status
+    assert (last.job.state, last.job.attempts, last.job.failures) == (JobState.SUCCEEDED, 2, 0)
+    assert min(pod.losses(2)) == saved + 1  # no step is lost, and none is done twice
+    for step, loss in whole.losses(1).items():
+        assert (pod.losses(1) | pod.losses(2))[step] == pytest.approx(loss, rel=1e-5), step
+    assert metrics(last) == pytest.approx(metrics(whole.status), rel=1e-5)
+
+    again = pod.start()  # as after a lost head, of a job that has ended
+    assert "succeeded" in finished(again, DONE)
+    assert pod.status.job.attempts == 2
+
+
+def metrics(status: Status) -> Any:
+    assert status.job.result is not None
+    return {key: value for key, value in status.job.result["metrics"].items() if isinstance(value, float)}
+
+
+def test_a_job_that_fails_fails_again_at_once(ray: tuple[Yard, dict[str, str]], tmp_path: Path) -> None:
+    from tests.builders import a_command_job
+
+    _, env = ray
+    job = a_command_job(1, run=["false"], working_dir=str(tmp_path), retry={"max_restarts": 0})
+    pod = Pod(tmp_path, job, "bad-ccccc", env)
+    finished(pod.start(), FAILED)
+    assert pod.status.job.state == JobState.FAILED
+    attempts = pod.status.job.attempts
+    assert "failed" in finished(pod.start(), FAILED)
+    assert pod.status.job.attempts == attempts
+
+
+def test_a_gang_waits_for_its_nodes_and_leaves_when_told(ray: tuple[Yard, dict[str, str]], tmp_path: Path) -> None:
+    from tests.builders import a_command_job
+
+    _, env = ray
+    pod = Pod(tmp_path, a_command_job(1, working_dir=str(tmp_path)), "wide-ddddd", env, nodes=2)
+    run = pod.start()
+    until(lambda: pod.files.status.exists())
+    assert pod.status.job.reason.sentence == "1 of 2 nodes of its Ray cluster are there"
+    run.terminate()
+    finished(run, LEFT)
+    assert pod.status.job.attempts == 0
