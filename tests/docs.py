@@ -25,7 +25,7 @@ class Reader:
 
     def __init__(self, page: str, names: Mapping[str, str]) -> None:
         """`names` are what the page calls things, and what they are here."""
-        self._names = dict(names)
+        self.names = dict(names)
         self.left = blocks(page)
         """What has not been typed yet."""
 
@@ -33,7 +33,7 @@ class Reader:
         """Run the next block that begins so; what it prints."""
         text = next(text for text in self.left if text.startswith(begins))
         self.left.remove(text)
-        for name, here in self._names.items():
+        for name, here in self.names.items():
             text = text.replace(name, here)
         env = {key: value for key, value in os.environ.items() if not key.startswith("TUNEYARD_")} | environment
         env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"

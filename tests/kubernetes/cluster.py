@@ -37,6 +37,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.namespace = "default"
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.kubernetes.server"],
@@ -81,9 +82,9 @@ class Cluster:
             raise Answer(answer.status, found.get("message", ""))
         return found
 
-    def path(self, plural: str, name: str = "", sub: str = "", namespace: str = "default") -> str:
+    def path(self, plural: str, name: str = "", sub: str = "") -> str:
         one = resource(plural)
-        where = f"{one.root}/namespaces/{namespace}/{plural}" if one.namespaced else f"{one.root}/{plural}"
+        where = f"{one.root}/namespaces/{self.namespace}/{plural}" if one.namespaced else f"{one.root}/{plural}"
         return where + (f"/{name}" if name else "") + (f"/{sub}" if sub else "")
 
     def find(self, plural: str, labels: str = "") -> list[Object]:

@@ -6,7 +6,9 @@ Nothing happens by itself: each `step` looks once and does what follows, so that
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +67,23 @@ class Operators:
                 return
             before = after
         raise AssertionError("it does not settle")
+
+    @contextmanager
+    def at_work(self, pause_s: float = 0.1) -> Iterator[None]:
+        """Step again and again, in a thread, for who cannot do it himself."""
+        ended = threading.Event()
+
+        def work() -> None:
+            while not ended.wait(pause_s):
+                self.step()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     # Kueue
 
