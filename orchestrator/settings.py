@@ -62,6 +62,8 @@ class Settings(BaseSettings):
     outside: dict[str, dict[str, dict[str, Any]]] = {}
     """What systems that queue jobs themselves are told beside a job, by system and queue, * for every queue: JSON as
     {"slurm": {"*": {"partition": "gpu"}, "research": {"account": "lab-7"}}}; `--with` wins over it."""
+    k8s_patience: float = Field(150.0, gt=0)
+    """How long `submit --to k8s` and its sisters wait for an API server that does not answer."""
     prices: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     """What an hour of a slot costs, by its kind: JSON as {"H100": 2.5, "cpu": 0.04}. What holds a slot without a price
     has no cost."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from orchestrator.outside.k8s.api import ENV_PATIENCE
 from tests.kubernetes.cluster import Answer, Cluster
 from tests.kubernetes.resources import ROOT
 
@@ -31,7 +30,7 @@ class Home:
             "PYTHONPATH": str(ROOT),
             "TUNEYARD_HOME": str(folder / "home"),
             "TUNEYARD_OUTSIDE": json.dumps({"k8s": {"*": {"mount": str(folder / "volume")}}}),
-            ENV_PATIENCE: str(patience),
+            "TUNEYARD_K8S_PATIENCE": str(patience),
         }
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:

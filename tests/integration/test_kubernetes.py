@@ -13,7 +13,6 @@ import pytest
 
 from orchestrator.errors import ConflictError, NotFoundError, SpecError, YardError
 from orchestrator.job.lifecycle import JobState, ReasonCode
-from orchestrator.outside.k8s import api as api_module
 from orchestrator.outside.k8s import record
 from orchestrator.outside.k8s.system import Kubernetes
 from orchestrator.outside.protocol import Order
@@ -275,11 +274,8 @@ def test_it_asks_again(place: Kubernetes, cluster: Cluster, tmp_path: Path, stat
     assert status != 429 or took >= 2  # as long as the server asks for
 
 
-def test_it_does_not_ask_for_ever(
-    place: Kubernetes, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(api_module.ENV_PATIENCE, "0.5")
-    api_module.api.cache_clear()
+def test_it_does_not_ask_for_ever(cluster: Cluster, tmp_path: Path) -> None:
+    place = Kubernetes(Settings(home=tmp_path / "home", k8s_patience=0.5))
     cluster.fail(resource="rayjobs", status=503, times=1000)
     with pytest.raises(Exception, match="as a test asked for"):
         place.submit(order(tmp_path))

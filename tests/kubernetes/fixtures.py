@@ -25,7 +25,7 @@ def cluster(api_server: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cl
 
     for name, value in api_server.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv(api.ENV_PATIENCE, "20")
+    monkeypatch.setenv("TUNEYARD_K8S_PATIENCE", "20")
     monkeypatch.setattr(api, "FIRST_PAUSE_S", 0.01)
     api.api.cache_clear()
     api_server.forget()

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 GROUP, VERSION = "ray.io", "v1"
 KUEUE, KUEUE_VERSION = "kueue.x-k8s.io", "v1beta1"
-PATIENCE_S = 150.0
-"""How long a verb waits for a server that does not answer."""
-ENV_PATIENCE = "TUNEYARD_K8S_PATIENCE"
 CALL_S = 20.0
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.25, 10.0
 TELL_AFTER_S = 3.0
@@ -48,8 +45,8 @@ class Api:
         SpecError: it refuses what it was given.
     """
 
-    def __init__(self, context: str | None = None, patience_s: float | None = None) -> None:
-        self._patience_s = float(os.environ.get(ENV_PATIENCE, PATIENCE_S)) if patience_s is None else patience_s
+    def __init__(self, context: str | None = None, patience_s: float = 10.0) -> None:
+        self._patience_s = patience_s
         self._client = client = _connected(context)
         self._custom = k8s.CustomObjectsApi(client)
         self._core = k8s.CoreV1Api(client)
@@ -266,6 +263,6 @@ def _connected(context: str | None) -> ApiClient:
 
 
 @functools.cache
-def api(context: str | None) -> Api:
+def api(context: str | None, patience_s: float) -> Api:
     """One a context: its connections are kept."""
-    return Api(context)
+    return Api(context, patience_s)

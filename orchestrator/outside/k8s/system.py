@@ -271,7 +271,7 @@ class Kubernetes(Outside):
     def _server(self, context: str | None) -> Any:
         from orchestrator.outside.k8s.api import api
 
-        return api(context)
+        return api(context, self._settings.k8s_patience)
 
 
 def _owner(workload: Object) -> str:
