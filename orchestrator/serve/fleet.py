@@ -12,12 +12,13 @@ import structlog
 from orchestrator.cluster.group import Group
 from orchestrator.control.board import Board
 from orchestrator.control.dispatch import yard_of
-from orchestrator.control.facts import Prospect
+from orchestrator.control.facts import Facts, Prospect
 from orchestrator.control.fleet import Idle, Look, Present, Wishes, potential, wish
 from orchestrator.control.loop import Controller, history_of
 from orchestrator.control.rules import rules_of
 from orchestrator.errors import ConflictError, TuneyardError
 from orchestrator.outside.k8s.cluster import RayCluster, group_of_node, groups_of
+from orchestrator.schedule import explain
 from orchestrator.schedule.decide import decide
 from orchestrator.settings import Settings
 from orchestrator.store.rows import Mark, NodeMark
@@ -130,9 +131,12 @@ class Fleet:
                     settled.add(node.id)
         self._forget({node.name for node in facts.nodes}, marks.values())
         board = Board(rules_of(controller.settings), history_of(controller.store))
-        yard = yard_of(state, facts, now, board)
-        decide(yard, now)  # which puts them in order
-        return Look(groups, nodes, list(yard.in_order()), [attempt.held for attempt in state.attempts], settled)
+        # As if the cluster were as large as it may become: what its nodes are decides how jobs could run.
+        grown = Facts(nodes=[*facts.nodes, *potential(groups, nodes)])
+        yard = yard_of(state, grown, now, board)
+        waits = {wait.job_id: wait.reason.code for wait in decide(yard, now).waits}
+        waiting = [gang for gang in yard.in_order() if waits.get(gang.job_id) not in explain.NOT_FOR_ROOM]
+        return Look(groups, nodes, waiting, [attempt.held for attempt in state.attempts], settled)
 
     def _forget(self, there: set[str], marks: Iterable[NodeMark]) -> None:
         """Take away the marks of nodes that have left."""

@@ -14,8 +14,8 @@ from orchestrator.outside.record import Status
 from orchestrator.views import JobView
 
 HANDED = Handed(
-    namespace="lab", name="sms-x1y2z", job_name="sms", queue="default", priority=0, root="/v", key="k", submitted_at=1.0,
-    created=True,
+    namespace="lab", name="sms-x1y2z", job_name="sms", queue="default", priority=0, root="/v", key="k",
+    submitted_at=1.0, created=True,
 )  # fmt: skip
 
 
@@ -29,8 +29,8 @@ def seen(deployment: str = "", suspend: bool = False, queue: str | None = None, 
 def said(state: JobState, told_to_end: bool = False, **changes: Any) -> Status:
     reason = Reason(code=ReasonCode.RUNNING, sentence="so it said", remedy="`tuneyard logs sms-x1y2z`")
     view = JobView(
-        id="sms-x1y2z", name="sms", queue="default", priority=0, state=state, reason=reason, attempts=1, submitted_at=2.0,
-        **changes,
+        id="sms-x1y2z", name="sms", queue="default", priority=0, state=state, reason=reason, attempts=1,
+        submitted_at=2.0, **changes,
     )  # fmt: skip
     return Status(job=view, told_to_end=told_to_end)
 
