@@ -13,11 +13,18 @@ import pytest
 
 from launch.attempt import AttemptFiles
 from launch.document import read_document
-from orchestrator.job.lifecycle import JobState
+from orchestrator.job.lifecycle import JobState, ReasonCode
 from orchestrator.job.spec import AnyJob, load_job
+from orchestrator.outside.k8s import record
 from orchestrator.outside.k8s.record import Files, RunOrder
+from orchestrator.outside.k8s.system import Kubernetes
+from orchestrator.outside.protocol import Order
 from orchestrator.outside.record import Patience, Status, task_of
 from orchestrator.serve.rayjob import DONE, FAILED, LEFT
+from orchestrator.settings import Settings
+from tests.builders import a_command_job
+from tests.kubernetes.cluster import Cluster
+from tests.kubernetes.operators import Operators
 from tests.kubernetes.resources import ROOT
 from tests.worlds import write_bert, write_messages
 from tests.yards import Yard, a_yard, until
@@ -55,7 +62,7 @@ class Pod:
     """Where runs of one job are started, one after the other; the volume is a directory."""
 
     def __init__(self, folder: Path, job: AnyJob, name: str, env: dict[str, str], nodes: int = 1) -> None:
-        self.order = folder / f"{name}.json"
+        self.order = folder / f"{name}.json"  # the same for whoever looks at it again
         patience = Patience(leash=5, leash_margin=1, stop_grace=30, tick=0.1)
         order = RunOrder(
             root=str(folder),
@@ -92,33 +99,79 @@ def finished(run: subprocess.Popen[str], code: int) -> str:
     return out
 
 
-def test_a_run_that_is_told_to_leave_saves_and_the_next_goes_on(
-    ray: tuple[Yard, dict[str, str]], training: AnyJob, tmp_path: Path
+class Entrypoint:
+    """What KubeRay would start on the head of a RayJob's Ray cluster, and what a kubelet does before that goes."""
+
+    def __init__(self, rayjob: Any, env: dict[str, str], folder: Path) -> None:
+        spec = rayjob["spec"]
+        self.template, self.env = spec["rayClusterSpec"]["headGroupSpec"]["template"], env
+        self.order = folder / f"{rayjob['metadata']['name']}-order.json"
+        self.order.write_text(self.template["metadata"]["annotations"][record.ORDER])
+        self.process = self._start(spec["entrypoint"].split())
+
+    def _start(self, argv: list[str]) -> subprocess.Popen[str]:
+        here = {"python": sys.executable, f"{record.ORDER_FILE}/order.json": str(self.order)}
+        command = [here.get(word, word) for word in argv]
+        return subprocess.Popen(command, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def stop(self) -> None:
+        hook = self.template["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert self._start(hook).wait(120) == DONE
+        self.out = finished(self.process, LEFT)
+
+
+def test_a_job_that_is_suspended_goes_on_as_if_it_had_not_been(
+    ray: tuple[Yard, dict[str, str]], training: AnyJob, cluster: Cluster, tmp_path: Path
 ) -> None:
     _, env = ray
-    whole = Pod(tmp_path, training, "whole-aaaaa", env)
+    volume = Path(training.model.name_or_path).parent  # type: ignore[union-attr]
+    whole = Pod(volume, training, "whole-aaaaa", env)
     finished(whole.start(), DONE)
     assert whole.status.job.state == JobState.SUCCEEDED
 
-    pod = Pod(tmp_path, training, "parts-bbbbb", env)
-    first = pod.start()
-    until(lambda: max(pod.losses(1), default=0) >= 5)
-    finished(pod.start("--leave", "--grace", "60"), DONE)
-    out = finished(first, LEFT)
-    assert "Kubernetes takes this run's pods: it waits for another run" in out
-    told = pod.status
-    assert (told.job.state, told.told_to_end) == (JobState.PAUSED, True)
-    assert told.job.checkpoint is not None
-    saved = told.job.checkpoint.step
-    assert 5 <= saved < STEPS
+    place = Kubernetes(Settings(home=tmp_path, leash=5, leash_margin=1))
+    options = (f"mount={volume}", "queue=research", "kinds.cpu.cpus=2")
+    (view,) = place.submit(Order((training,), (None,), options=options))
+    started: list[Entrypoint] = []
 
-    finished(pod.start(), DONE)
-    last = pod.status
-    assert (last.job.state, last.job.attempts, last.job.failures) == (JobState.SUCCEEDED, 2, 0)
+    def start(rayjob: Any) -> Entrypoint:
+        started.append(Entrypoint(rayjob, env, tmp_path))
+        return started[-1]
+
+    operators = Operators(cluster, start=start)
+    operators.settle()
+    pod = Pod(volume, training, view.id.rpartition("/")[2], env)
+    until(lambda: max(pod.losses(1), default=0) >= 5)
+    assert place.job(view.id).state == JobState.RUNNING
+    assert place.job(view.id).progress is not None
+
+    operators.pods_quota = 0
+    operators.preempt(pod.files.folder.name)
+    operators.settle()
+    out = place.job(view.id)
+    assert (out.state, out.reason.code, out.attempts) == (JobState.QUEUED, ReasonCode.PREEMPTED, 1)
+    assert "Kubernetes takes this run's pods: it waits for another run" in started[0].out
+    assert out.checkpoint is not None
+    saved = out.checkpoint.step
+    assert 5 <= saved < STEPS
+    assert f"saved at step {saved}" in out.reason.sentence
+
+    operators.pods_quota = 100
+    operators.settle()
+    until(lambda: started[1].poll() is not None)
+    operators.settle()
+    last = place.job(view.id)
+    assert (last.state, last.attempts, last.failures) == (JobState.SUCCEEDED, 2, 0)
     assert min(pod.losses(2)) == saved + 1  # no step is lost, and none is done twice
+    both = pod.losses(1) | pod.losses(2)
     for step, loss in whole.losses(1).items():
-        assert (pod.losses(1) | pod.losses(2))[step] == pytest.approx(loss, rel=1e-5), step
-    assert metrics(last) == pytest.approx(metrics(whole.status), rel=1e-5)
+        assert both[step] == pytest.approx(loss, rel=1e-5), step
+    assert metrics(pod.status) == pytest.approx(metrics(whole.status), rel=1e-5)
+    data, _ = place.log(view.id, rank=0, attempt=2)
+    assert data
 
     again = pod.start()  # as after a lost head, of a job that has ended
     assert "succeeded" in finished(again, DONE)
@@ -131,8 +184,6 @@ def metrics(status: Status) -> Any:
 
 
 def test_a_job_that_fails_fails_again_at_once(ray: tuple[Yard, dict[str, str]], tmp_path: Path) -> None:
-    from tests.builders import a_command_job
-
     _, env = ray
     job = a_command_job(1, run=["false"], working_dir=str(tmp_path), retry={"max_restarts": 0})
     pod = Pod(tmp_path, job, "bad-ccccc", env)
@@ -144,8 +195,6 @@ def test_a_job_that_fails_fails_again_at_once(ray: tuple[Yard, dict[str, str]], 
 
 
 def test_a_gang_waits_for_its_nodes_and_leaves_when_told(ray: tuple[Yard, dict[str, str]], tmp_path: Path) -> None:
-    from tests.builders import a_command_job
-
     _, env = ray
     pod = Pod(tmp_path, a_command_job(1, working_dir=str(tmp_path)), "wide-ddddd", env, nodes=2)
     run = pod.start()
