@@ -188,7 +188,7 @@ class Storage:
         if item is None or "deletionTimestamp" not in item["metadata"]:
             return
         metadata, uid = item["metadata"], item["metadata"]["uid"]
-        if FOREGROUND in metadata.get("finalizers") or ():
+        if FOREGROUND in (metadata.get("finalizers") or ()):
             for one in list(self._owned_by(uid)):
                 child = self.objects.get(one)
                 if child is not None and "deletionTimestamp" not in child["metadata"]:

@@ -252,7 +252,8 @@ def _connected(context: str | None) -> ApiClient:
         if context is None and "KUBERNETES_SERVICE_HOST" in os.environ and "KUBECONFIG" not in os.environ:
             k8s_config.load_incluster_config(settings)
         else:
-            k8s_config.load_kube_config(context=context, client_configuration=settings, persist_config=False)
+            file = os.environ.get("KUBECONFIG")  # the client looks when it is imported
+            k8s_config.load_kube_config(file, context, settings, persist_config=False)
         return k8s.ApiClient(settings)
     except (ConfigException, OSError) as problem:
         raise YardError(

@@ -12,7 +12,7 @@ from launch.contract import ExecutionPlan
 from orchestrator.cluster.model import Node
 from orchestrator.errors import NotFoundError, SpecError
 from orchestrator.job.spec import AnyJob, ArrayElement
-from orchestrator.outside.record import Patience, Task, task_of
+from orchestrator.outside.record import Patience, Task, job_of, task_of
 from orchestrator.outside.shape import Shape
 from orchestrator.outside.slurm import record
 from orchestrator.outside.slurm.commands import GRES_LABEL, Partition
@@ -90,7 +90,7 @@ def test_a_run_reads_what_the_script_hands_to_it(tmp_path: Path) -> None:
     assert (tmp_path / "argv").read_text() == "a b\n-m\norchestrator.serve.batch\n"
     run, tasks = record.parse_script_data((tmp_path / "stdin").read_text())
     assert run == RUN
-    assert [record.job_of(task) for task in tasks] == jobs
+    assert [job_of(task) for task in tasks] == jobs
 
 
 @pytest.mark.parametrize(
