@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ def test_a_raycluster_is_watched_through_an_expired_version(cluster: Cluster) ->
     assert next(again)["metadata"]["resourceVersion"] != seen["metadata"]["resourceVersion"]
     cluster.delete("rayclusters", "yard")
     with pytest.raises(NotFoundError, match="was deleted"):
-        next(again)
+        list(again)
 
 
 def test_a_change_in_between_is_not_lost(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,11 +91,11 @@ def test_a_change_in_between_is_not_lost(cluster: Cluster, monkeypatch: pytest.M
 class Yard(World):
     """A controller, its fleet, and the operator: nodes are what the operator has made pods for."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
         super().__init__(())
         a_raycluster(cluster, replicas=0)
         self.cluster, self.operators, self.up = cluster, Operators(cluster), set()
-        self.store = Store("sqlite:///:memory:")
+        self.store = Store(f"sqlite:///{folder}/yard.db")
         self.store.prepare()
         self.controller = Controller(self.store, self, Settings(), clock=lambda: self.now)
         self.fleet = Fleet(self.controller, RayCluster(Api(), "default", "yard"), IDLE_S, clock=lambda: self.now)
@@ -134,8 +135,8 @@ class Yard(World):
 
 
 @pytest.fixture
-def yard(cluster: Cluster) -> Yard:
-    return Yard(cluster)
+def yard(cluster: Cluster, tmp_path: Path) -> Yard:
+    return Yard(cluster, tmp_path)
 
 
 def test_it_grows_for_a_gang_and_shrinks_when_that_has_ended(yard: Yard) -> None:

@@ -94,6 +94,8 @@ class Handler(BaseHTTPRequestHandler):
             self._object(method, url.path, query, raw)
         except Refusal as problem:
             self._refuse(problem)
+        except (ValueError, TypeError) as problem:  # such as protobuf, which kubectl sends for kinds that it knows
+            self._refuse(Refusal(400, "BadRequest", f"{type(problem).__name__}: {problem}"))
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 

@@ -143,6 +143,7 @@ class Storage:
     def expire(self) -> None:
         """Forget what happened: who watches from a version before now must list again."""
         with self.changed:
+            self.version += 1  # so that even who has heard all is behind
             self.oldest = self.version
             self.history.clear()
             self.changed.notify_all()

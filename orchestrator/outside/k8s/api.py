@@ -130,17 +130,18 @@ class Api:
         )
         return bytes(found)
 
-    def watch(self, plural: str, namespace: str, name: str, version: str, seconds: int) -> Iterator[Object]:
-        """The object whenever it changes after `version`, for so many seconds at most; None in `type` DELETED.
+    def watch(self, plural: str, namespace: str, name: str, seconds: int) -> Iterator[Object]:
+        """The object as it is (`type` ADDED), and whenever it changes, for so many seconds at most. It begins without a
+        version: that of an object that has not changed for long is one that the server may have forgotten.
 
         Raises:
-            WatchExpired: the server does not remember so far back.
+            WatchExpired: this watcher was too slow for what the server remembers.
         """
         stream = k8s_watch.Watch()
         try:
             for event in stream.stream(
                 self._custom.list_namespaced_custom_object, *_where(plural, namespace),
-                field_selector=f"metadata.name={name}", resource_version=version, timeout_seconds=seconds,
+                field_selector=f"metadata.name={name}", timeout_seconds=seconds,
                 allow_watch_bookmarks=True, _request_timeout=(CALL_S, seconds + CALL_S),
             ):  # fmt: skip
                 if event["type"] != "BOOKMARK":

@@ -34,19 +34,16 @@ class RayCluster:
         return self._api.get(RAYCLUSTERS, self.namespace, self.name)
 
     def changes(self, seconds: int = WATCH_S) -> Iterator[Object]:
-        """The RayCluster now, and again whenever it changes, for so many seconds. Where the server has forgotten what
-        was before, it is read anew. Raises NotFoundError once it is deleted."""
-        found = self.read()
-        yield found
+        """The RayCluster now, and again whenever it changes, for so many seconds, or until the server has forgotten what
+        comes next: who asks again begins with it as it is then. Raises NotFoundError once it is deleted."""
+        self.read()  # a watch of what is not there would say nothing
         try:
-            for event in self._api.watch(
-                RAYCLUSTERS, self.namespace, self.name, found["metadata"]["resourceVersion"], seconds
-            ):
+            for event in self._api.watch(RAYCLUSTERS, self.namespace, self.name, seconds):
                 if event["type"] == "DELETED":
                     raise NotFoundError(f"the RayCluster {self.name} was deleted", field="cluster")
                 yield event["object"]
         except WatchExpired:
-            return  # whoever asks again begins by reading it
+            return
 
     def resize(self, replicas: Mapping[str, int], doomed: Mapping[str, Sequence[str]]) -> Object:
         """Have so many nodes in each group, within its bounds, those of the pods `doomed` not among them. Other fields
