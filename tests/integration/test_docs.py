@@ -57,7 +57,7 @@ def test_jobs_on_kubernetes(cluster: Cluster, tmp_path: Path) -> None:
     reader, cluster.namespace = Reader("docs/kubernetes-jobs.md", names), "lab"
     try:
         reader.skips(
-            "kubectl create namespace", "kubectl sends protobuf for it, which the emulated server does not read"
+            "kubectl create namespace", "kubectl sends protobuf, which the emulated server does not read"
         )
         reader.types("kubectl apply", **home)
         printed = reader.types("export TUNEYARD_OUTSIDE", **home)

@@ -29,7 +29,7 @@ from tests.kubernetes.resources import ROOT
 from tests.worlds import write_bert, write_messages
 from tests.yards import Yard, a_yard, until
 
-STEPS = 300
+STEPS = 120
 
 
 @pytest.fixture(scope="module")

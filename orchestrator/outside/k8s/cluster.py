@@ -34,8 +34,8 @@ class RayCluster:
         return self._api.get(RAYCLUSTERS, self.namespace, self.name)
 
     def changes(self, seconds: int = WATCH_S) -> Iterator[Object]:
-        """The RayCluster now, and again whenever it changes, for so many seconds, or until the server has forgotten what
-        comes next: who asks again begins with it as it is then. Raises NotFoundError once it is deleted."""
+        """The RayCluster now, and again whenever it changes, for so many seconds, or until the server has forgotten
+        what comes next: who asks again begins with it as it is then. Raises NotFoundError once it is deleted."""
         self.read()  # a watch of what is not there would say nothing
         try:
             for event in self._api.watch(RAYCLUSTERS, self.namespace, self.name, seconds):
