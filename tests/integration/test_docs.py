@@ -56,9 +56,7 @@ def test_jobs_on_kubernetes(cluster: Cluster, tmp_path: Path) -> None:
     home = {"TUNEYARD_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), **cluster.env}
     reader, cluster.namespace = Reader("docs/kubernetes-jobs.md", names), "lab"
     try:
-        reader.skips(
-            "kubectl create namespace", "kubectl sends protobuf, which the emulated server does not read"
-        )
+        reader.skips("kubectl create namespace", "kubectl sends protobuf, which the emulated server does not read")
         reader.types("kubectl apply", **home)
         printed = reader.types("export TUNEYARD_OUTSIDE", **home)
         (rayjob,) = cluster.find("rayjobs")

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,13 @@ from tests.kubernetes.cluster import Cluster
 from tests.kubernetes.operators import Operators
 from tests.kubernetes.resources import ROOT
 from tests.worlds import write_bert, write_messages
-from tests.yards import Yard, a_yard, until
+from tests.yards import Yard, a_yard
+from tests.yards import until as until_soon
 
 STEPS = 120
+until = partial(until_soon, seconds=600)
+"""On a loaded machine everything takes long."""
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +99,7 @@ class Pod:
 
 
 def finished(run: subprocess.Popen[str], code: int) -> str:
-    out, _ = run.communicate(timeout=240)
+    out, _ = run.communicate(timeout=600)
     assert run.returncode == code, out
     return out
 
@@ -119,7 +124,7 @@ class Entrypoint:
 
     def stop(self) -> None:
         hook = self.template["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-        assert self._start(hook).wait(120) == DONE
+        assert self._start(hook).wait(600) == DONE
         self.out = finished(self.process, LEFT)
 
 
