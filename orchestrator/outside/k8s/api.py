@@ -56,8 +56,12 @@ class Api:
         return str(self._client.configuration.host)
 
     def get(self, plural: str, namespace: str, name: str) -> Object:
-        return self._ask(
-            lambda: self._custom.get_namespaced_custom_object(*_where(plural, namespace), name, _request_timeout=CALL_S)
+        return dict(
+            self._ask(
+                lambda: self._custom.get_namespaced_custom_object(
+                    *_where(plural, namespace), name, _request_timeout=CALL_S
+                )
+            )
         )
 
     def find(self, plural: str, namespace: str, labels: str = "") -> list[Object]:
@@ -70,20 +74,22 @@ class Api:
 
     def create(self, plural: str, namespace: str, body: Object) -> Object:
         """Raises ConflictError where the name is taken: by an earlier try of this very call, maybe."""
-        return self._ask(
-            lambda: self._custom.create_namespaced_custom_object(
-                *_where(plural, namespace), body, field_validation="Strict", _request_timeout=CALL_S
+        return dict(
+            self._ask(
+                lambda: self._custom.create_namespaced_custom_object(
+                    *_where(plural, namespace), body, field_validation="Strict", _request_timeout=CALL_S
+                )
             )
         )
 
     def patch(self, plural: str, namespace: str, name: str, body: Object) -> Object:
         """A merge patch; with a metadata.resourceVersion only of that version."""
-        return self._ask(
+        return dict(self._ask(
             lambda: self._custom.patch_namespaced_custom_object(
                 *_where(plural, namespace), name, body, field_validation="Strict",
                 _content_type="application/merge-patch+json", _request_timeout=CALL_S,
             )
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def delete(self, plural: str, namespace: str, name: str, propagation: str = "Foreground") -> None:
         """Ask for its end; what it owns ends first. That there is none is no error."""
