@@ -54,11 +54,18 @@ class Settings(BaseSettings):
     pause_grace: float = Field(600.0, ge=0)
     """Time a paused job has to save before its processes are ended: a slow store must be able to take it all."""
 
+    fleet: str | None = Field(None, pattern=r"^[a-z0-9-]{1,63}/[a-z0-9-]{1,63}$")
+    """NAMESPACE/NAME of the RayCluster that the yard runs on, which it is to let grow and shrink; unset leaves it as it
+    is. Bounds are minReplicas and maxReplicas of its worker groups."""
+    fleet_idle: float = Field(300.0, gt=0)
+    """How long a node of it must have been idle before it is given back."""
     rules: dict[str, bool | float] = {}
     """How the queue is ordered, and who is stopped for whom: JSON of what is to be otherwise, as {"min_run_s": 60}."""
     outside: dict[str, dict[str, dict[str, Any]]] = {}
     """What systems that queue jobs themselves are told beside a job, by system and queue, * for every queue: JSON as
     {"slurm": {"*": {"partition": "gpu"}, "research": {"account": "lab-7"}}}; `--with` wins over it."""
+    k8s_patience: float = Field(150.0, gt=0)
+    """How long `submit --to k8s` and its sisters wait for an API server that does not answer."""
     prices: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     """What an hour of a slot costs, by its kind: JSON as {"H100": 2.5, "cpu": 0.04}. What holds a slot without a price
     has no cost."""

@@ -16,6 +16,7 @@ from launch.checkpoint.manifest import COMMITTED, CheckpointId, Damaged, Manifes
 from launch.checkpoint.retention import Retention, superfluous
 from launch.checkpoint.storage import LocalStorage, open_storage
 from orchestrator.errors import NotFoundError, SpecError
+from orchestrator.outside.protocol import System
 
 READERS = 8
 LATEST = "latest"
@@ -51,7 +52,8 @@ def locate(target: str) -> Catalogue:
         CheckpointError: no such kind of store.
         YardError: a job is meant, and no yard answers.
     """
-    is_path = "://" in target or "/" in target or Path(target).is_dir()
+    outside = target.partition(":")[0] in set(System)  # k8s:NAMESPACE/NAME has a slash, too
+    is_path = not outside and ("://" in target or "/" in target or Path(target).is_dir())
     url = target if is_path else _directory_of_job(target)
     storage = open_storage(str(Path(url).expanduser()) if "://" not in url else url)
     if isinstance(storage, LocalStorage) and not storage.root.is_dir():

@@ -62,7 +62,7 @@ def dispatch(
     left = MAX_EXPLAIN
     for job in waiting:
         if job.id not in starting and left:
-            reason = reasons.get(job.id, explain.behind())
+            reason = facts.coming.get(job.id) or reasons.get(job.id, explain.behind())
             if reason != job.reason:
                 left -= 1
                 yield Explain(job.id, reason)

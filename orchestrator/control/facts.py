@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from orchestrator.cluster.model import Node
 from orchestrator.cluster.status import AttemptStatus
-from orchestrator.job.lifecycle import JobState
+from orchestrator.job.lifecycle import JobState, Reason
 from orchestrator.memory.alike import Peak
 from orchestrator.memory.options import Factors
 from orchestrator.schedule.gang import Queue, Rules
@@ -52,3 +52,15 @@ class Facts:
     """By run id."""
     tracing: frozenset[str] = frozenset()
     """Jobs whose memory is being traced, which they wait for."""
+    coming: Mapping[str, Reason] = field(default_factory=dict)
+    """Jobs for which the cluster grows, and what is told of it."""
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What a cluster that grows and shrinks may become."""
+
+    nodes: tuple[Node, ...] = ()
+    """That are not there, and could be."""
+    reasons: Mapping[str, Reason] = field(default_factory=dict)
+    """Of jobs for which it grows now."""

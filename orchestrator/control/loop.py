@@ -32,7 +32,7 @@ from orchestrator.control.actions import (
 from orchestrator.control.admission import Admission
 from orchestrator.control.board import Board
 from orchestrator.control.dispatch import dispatch
-from orchestrator.control.facts import Facts, Policy, State
+from orchestrator.control.facts import Facts, Policy, Prospect, State
 from orchestrator.control.inventory import Inventory
 from orchestrator.control.reconcile import reconcile
 from orchestrator.control.rules import rules_of
@@ -76,6 +76,10 @@ class Controller:
         self.tracer = Tracer(clock)
         self.tally = Tally()
         self.wake = threading.Event()
+        self.prospect = Prospect()
+        """Set by whoever lets the cluster grow."""
+        self.ticked_at = 0.0
+        """When the last tick began that has come to its end."""
         self._policy = Policy(
             leash=settings.leash,
             leash_margin=settings.leash_margin,
@@ -154,9 +158,11 @@ class Controller:
             # Who goes back to the queue stands in it before its slots are given away.
             self._jobs = self.store.live_jobs(self._jobs)
             state = self._state(self._jobs)
-        facts = replace(facts, tracing=self._trace(state, facts.nodes))
+        facts = replace(facts, tracing=self._trace(state, facts.nodes), coming=self.prospect.reasons)
         decided = dispatch(state, facts, self.clock(), self._policy, self._board)
-        return actions + self._carry_out(list(decided), state, self.lease)
+        actions += self._carry_out(list(decided), state, self.lease)
+        self.ticked_at = now
+        return actions
 
     @property
     def acting(self) -> bool:

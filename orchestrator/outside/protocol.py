@@ -25,6 +25,7 @@ class System(enum.StrEnum):
     """The systems that there are; the value is how ids begin."""
 
     SLURM = "slurm"
+    KUBERNETES = "k8s"
 
 
 def system_of(job_id: str) -> System | None:

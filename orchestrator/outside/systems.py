@@ -13,3 +13,7 @@ def open_system(system: System, settings: Settings) -> Outside:
             from orchestrator.outside.slurm.system import Slurm
 
             return Slurm(settings)
+        case System.KUBERNETES:
+            from orchestrator.outside.k8s.system import Kubernetes
+
+            return Kubernetes(settings)

@@ -15,6 +15,7 @@ from orchestrator.control.loop import Controller
 from orchestrator.errors import TuneyardError
 from orchestrator.execute.protocol import Executor
 from orchestrator.serve.api import create_app
+from orchestrator.serve.fleet import open_fleet
 from orchestrator.serve.secret import ensure_token
 from orchestrator.settings import Settings
 from orchestrator.store.store import Store
@@ -59,6 +60,7 @@ def serve(settings: Settings, executor_name: str, address: str) -> None:
         )
     )
     collect_seldom()
+    fleet = open_fleet(controller, settings)
     ended = False
 
     def on_signal(_signum: int, _frame: object) -> None:
@@ -67,12 +69,16 @@ def serve(settings: Settings, executor_name: str, address: str) -> None:
 
     api = threading.Thread(target=server.run, name="api", daemon=True)
     api.start()
+    if fleet is not None:
+        fleet.start()
     # After the thread is made: uvicorn leaves signals alone off the main thread, and ours must win.
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     try:
         controller.run_until(lambda: ended or not api.is_alive())
     finally:
+        if fleet is not None:
+            fleet.close()
         controller.close()
         server.should_exit = True
         api.join(timeout=5)

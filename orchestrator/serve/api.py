@@ -211,12 +211,12 @@ def create_app(controller: Controller, token: str, head: str | None = None) -> F
         wish = _wish(controller, job, submission.read_sizing())
         nodes = tuple(executor.nodes())
         closed = _closed(store.node_marks(), nodes)
-        check_possible(Capacity(nodes), wish)
+        idle = Capacity((*nodes, *controller.prospect.nodes))
+        check_possible(idle, wish)
         capacity = Capacity.of(nodes, [attempt.held for attempt in store.live_attempts()], closed)
         pending = store.check_after(job.after)
         consolidate = rules_of(controller.settings).consolidate
         now = None if pending else room_for(capacity, wish, wish.most, consolidate=consolidate)
-        idle = Capacity(nodes)
         best = now or room_for(idle, wish, wish.most)
         assert best is not None  # it is possible
         where, option = best
@@ -317,12 +317,17 @@ def _new_id(job: AnyJob) -> str:
 def _wish(controller: Controller, job: AnyJob, sizing: str | None) -> Gang:
     """A job that is not stored, as the scheduler would see it."""
     factors = factors_of(controller.store.forecasts()) if sizing is not None else ()
-    return gang_of_new("new", job, sizing=sizing, nodes=controller.executor.nodes(), factors=factors)
+    return gang_of_new("new", job, sizing=sizing, nodes=_nodes(controller), factors=factors)
+
+
+def _nodes(controller: Controller) -> tuple[Node, ...]:
+    """Those that there are, and those that there could be."""
+    return (*controller.executor.nodes(), *controller.prospect.nodes)
 
 
 def _check_possible(controller: Controller, wishes: Iterable[tuple[AnyJob, str | None]]) -> None:
     """Raises ImpossibleGangError or DoesNotFitError for what no placement on an idle yard holds."""
-    nodes = tuple(controller.executor.nodes())
+    nodes = _nodes(controller)
     # The elements of an array ask for much the same: what differs in its name alone is looked at once.
     alike = {
         (job.model_copy(update={"name": "new", "array_of": None}).model_dump_json(), sizing): job

@@ -25,19 +25,17 @@ from orchestrator.execute.slurm import SlurmExecutor
 from orchestrator.execute.slurm_agent import stop_within
 from orchestrator.job.lifecycle import JobState, Reason, ReasonCode
 from orchestrator.job.spec import TrainingJob
+from orchestrator.outside.record import Task, job_of
 from orchestrator.outside.slurm import record
 from orchestrator.outside.slurm.commands import addresses, ask, end_of, kill_wait
-from orchestrator.outside.slurm.record import Files, Handed, Run, Status, Task
-from orchestrator.serve.views import attempt_view, job_view
+from orchestrator.outside.slurm.record import Files, Handed, Run
+from orchestrator.serve.telling import Telling, stored
 from orchestrator.settings import Settings
-from orchestrator.store.rows import EventRow, JobRow
+from orchestrator.store.rows import JobRow
 from orchestrator.store.store import Store
-from orchestrator.views import EventView
 
 DONE, FAILED, REFUSED = 0, 1, 2
 """Exit statuses, which Slurm shows: the job succeeded, or this run has; it failed; it cannot run here."""
-TELL_S = 1.0
-MAX_EVENTS = 1000
 LIMIT_S = 5.0
 """A SIGTERM that comes no sooner than that before the time limit is the limit's."""
 MARGIN_S = 15.0
@@ -79,14 +77,14 @@ class Batch:
         signal.signal(signal.SIGTERM, self._on_term)
         self._slurm_id = os.environ["SLURM_JOB_ID"]
         self._task, self._files = tasks[index], Files(run.root, tasks[index].job_id)
-        self._job = record.job_of(self._task)
+        self._job = job_of(self._task)
         self._nowhere = self._files.folder / "runs-without-progress"
         self._own()
         self._keep(run, tasks)
         self._grace_s, self._ends_at = kill_wait(), end_of(self._slurm_id)
         self._store = Store(f"sqlite:///{self._files.database}", shared=True)
         self._store.prepare()
-        self._saved_before = self._row().checkpoint
+        self._saved_before = stored(self._store, self._task).checkpoint
         self._executor = SlurmExecutor(
             [
                 run.node.model_copy(update={"id": name, "name": name, "address": address})
@@ -96,8 +94,12 @@ class Batch:
             grace_s=self._grace_s,
         )
         self._controller = Controller(self._store, self._executor, _settings(run))
-        self._events: list[EventView] = []
-        self._told, self._told_at, self._said = "", 0.0, ""
+        self._telling = Telling(
+            self._store,
+            self._files.status,
+            lambda: "the time limit comes" if self._warned else "Slurm ends this run",
+            lambda: self._told_to_end_at is not None,
+        )
 
     def _on_warning(self, _signum: int, _frame: object) -> None:
         self._warned = True  # nothing more: a handler runs between any two instructions
@@ -142,15 +144,6 @@ class Batch:
         )
         record.keep(run.home, handed)
 
-    def _row(self) -> JobRow:
-        """The job as it is stored; on its first run it is stored now, and on a later one no longer paused."""
-        job_id, now = self._task.job_id, time.time()
-        try:
-            row = self._store.job(job_id)
-        except NotFoundError:
-            return self._store.add_job(job_id, self._job, now, self._task.origin, self._task.sizing)
-        return self._store.request_resume(job_id, now) if row.pause_requested else row
-
     def drive(self) -> int:
         """Until the job has ended, or this run has. Returns an exit status."""
         try:
@@ -158,7 +151,7 @@ class Batch:
                 self._heed()
                 self._controller.step()
                 row = self._store.job(self._task.job_id)
-                self._tell(row)
+                self._telling.tell(row)
                 if row.state.final:
                     return DONE if row.state == JobState.SUCCEEDED else FAILED
                 if row.state == JobState.PAUSED or (row.state == JobState.QUEUED and self._executor.lost):
@@ -207,61 +200,9 @@ class Batch:
         write_atomically(self._nowhere, str(count))
         return count > self._job.retry.max_restarts
 
-    def _reason(self, row: JobRow) -> Reason:
-        """Why the job is where it is, in words of its own for what is a pause to the controller alone."""
-        told = _said_otherwise(row.reason.code, "the time limit comes" if self._warned else "Slurm ends this run")
-        if told is None:
-            return row.reason
-        if row.reason.code == ReasonCode.PAUSED:
-            told += f", and it ended badly: {row.error['message']}" if row.error is not None else ""
-            told += f"; its last checkpoint is of step {row.checkpoint.step}" if row.checkpoint is not None else ""
-        return Reason(code=row.reason.code, sentence=told)
-
     def _stay(self, row: JobRow, sentence: str, remedy: str) -> int:
-        self._tell(row, Reason(code=ReasonCode.HELD, sentence=sentence, remedy=remedy))
+        self._telling.tell(row, Reason(code=ReasonCode.HELD, sentence=sentence, remedy=remedy))
         return FAILED
-
-    def _tell(self, row: JobRow, reason: Reason | None = None) -> None:
-        """Write down what is to be known of the job, if it has changed; at most once a second, but for its state."""
-        reason = reason or self._reason(row)
-        said = f"{row.state}: {reason.sentence}"
-        if said != self._said:
-            self._said = said
-            print(f"{time.strftime('%H:%M:%S')} {said}", flush=True)
-        elif time.monotonic() - self._told_at < TELL_S:
-            return
-        self._told_at = time.monotonic()
-        attempts = self._store.attempts(row.id)
-        after = self._events[-1].id if self._events else 0
-        new = self._store.events(row.id, after, MAX_EVENTS)
-        self._events = [*self._events, *map(_event, new)][-MAX_EVENTS:]
-        status = Status(
-            job=job_view(row, attempts).model_copy(update={"reason": reason}),
-            attempts=tuple(attempt_view(attempt) for attempt in attempts),
-            events=tuple(self._events),
-            told_to_end=self._told_to_end_at is not None,
-        ).model_dump_json()
-        if status != self._told:
-            self._told = status
-            write_atomically(self._files.status, status)
-
-
-def _said_otherwise(code: str, why: str) -> str | None:
-    """A sentence for what is a pause to the controller alone; None for everything else."""
-    return {
-        ReasonCode.PAUSE_REQUESTED.value: f"{why}: its ranks save at their next step, and end",
-        ReasonCode.PAUSED.value: f"{why}: it waits for another run",
-        ReasonCode.RESUMED.value: "goes on in another run",
-    }.get(code)
-
-
-def _event(row: EventRow) -> EventView:
-    """An event as it is told, maybe of an earlier run."""
-    event, reason = EventView.model_validate(row.model_dump()), row.data.get("reason")
-    told = _said_otherwise(reason["code"], "this run ends") if isinstance(reason, dict) else None
-    if told is None or reason is None:
-        return event
-    return event.model_copy(update={"data": row.data | {"reason": {"code": reason["code"], "sentence": told}}})
 
 
 def _settings(run: Run) -> Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from orchestrator.settings import Settings
 from orchestrator.yard.joined import ENV_NODE, NodeRecord
 from orchestrator.yard.record import ENV_YARD, read_yard
 from tests import networks
-from tests.docs import Reader
+from tests.docs import ROOT, Reader
+from tests.kubernetes.cluster import Cluster
+from tests.kubernetes.operators import Operators
 from tests.yards import Yard, until
 
 
@@ -44,3 +47,28 @@ def test_plain_machines(tmp_path: Path) -> None:
                 end_all(ENV_NODE, node.id)
             if record is not None:
                 end_all(ENV_YARD, record.id)
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_jobs_on_kubernetes(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("name: small\nrun: ['true']\nresources: {num_processes: 2}\n")
+    names = {"job.yaml": f"{tmp_path}/job.yaml --with mount={tmp_path}"}
+    home = {"TUNEYARD_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), **cluster.env}
+    reader, cluster.namespace = Reader("docs/kubernetes-jobs.md", names), "lab"
+    try:
+        reader.skips("kubectl create namespace", "kubectl sends protobuf, which the emulated server does not read")
+        reader.types("kubectl apply", **home)
+        printed = reader.types("export TUNEYARD_OUTSIDE", **home)
+        (rayjob,) = cluster.find("rayjobs")
+        job = f"k8s:lab/{rayjob['metadata']['name']}"
+        assert printed.splitlines()[-1] == f"{job} starting"
+        reader.names |= {"k8s:lab/small-x1y2z": job}
+        assert rayjob["metadata"]["name"] in reader.types("kubectl get rayjobs", **home)
+        with Operators(cluster).at_work():
+            told = reader.types("tuneyard ls", **home)
+        assert "cancelled by its user" in told
+        reader.skips("export TUNEYARD_OUTSIDE", "tests/unit/orchestrator/outside/k8s has kinds of nodes")
+        assert reader.left == []
+    finally:
+        cluster.empty()
+        cluster.namespace = "default"

@@ -160,6 +160,14 @@ def gres_type(gres: str, word: str) -> str | None:
     return next((match["type"] for match in _GRES.finditer(gres) if gpu_word(match["type"]) == word), None)
 
 
+def gres_of(node: Node, kind: str | None, count: int) -> str | None:
+    """How so many GPUs of a kind are asked for of a node like this, by the name that Slurm has for them."""
+    if kind is None:
+        return None
+    name = gres_type(node.labels.get(GRES_LABEL, ""), kind)
+    return f"gpu:{name}:{count}" if name is not None else f"gpu:{count}"
+
+
 def queue(ids: Sequence[str] = ()) -> dict[str, Queued]:
     """What Slurm still knows of jobs, by id, elements of arrays one by one; those that it does not know are left out.
     Without `ids` all that it knows of this user's."""

@@ -10,32 +10,20 @@ ROOT/jobs/JOB/attempt-N, checkpoints, model      as everywhere
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from launch.attempt import write_atomically
-from launch.contract import GitState, Origin, Record
+from launch.contract import Record
 from orchestrator.cluster.model import Node
 from orchestrator.errors import NotFoundError
-from orchestrator.job.spec import AnyJob, parse_job
-from orchestrator.views import AttemptView, EventView, JobView
+from orchestrator.outside.record import Patience, Status, Task
 
 ID = re.compile(r"(\d{1,12})(?:_(\d{1,7}))?")
 PREFIX = "slurm:"
-
-
-class Patience(Record):
-    """The settings that a run takes from the home that it was handed over from; in seconds."""
-
-    leash: float
-    leash_margin: float
-    stop_grace: float
-    tick: float
 
 
 class Run(Record):
@@ -52,17 +40,6 @@ class Run(Record):
     patience: Patience
 
 
-class Task(Record):
-    """One job."""
-
-    job_id: str
-    """Of its directory, and in its checkpoints' names."""
-    job: dict[str, Any]
-    """A JobSpec as JSON."""
-    sizing: str | None = None
-    origin: Origin = Origin()
-
-
 class Handed(Record):
     """A job, or an array, that was handed over."""
 
@@ -76,16 +53,6 @@ class Handed(Record):
     priority: int
     is_array: bool
     submitted_at: float
-
-
-class Status(Record):
-    """What a run says of its job, whenever something has changed."""
-
-    job: JobView
-    attempts: tuple[AttemptView, ...] = ()
-    events: tuple[EventView, ...] = ()
-    told_to_end: bool = False
-    """Whether Slurm has sent SIGTERM to the run: scancel, a preemption, or its time limit."""
 
 
 class Files:
@@ -145,15 +112,6 @@ def recall_all(home: Path | str) -> Iterator[Handed]:
     names = [path.stem for path in folder.glob("*.json") if path.stem.isdigit()] if folder.is_dir() else []
     for name in sorted(names, key=int):
         yield recall(home, name)
-
-
-def task_of(job_id: str, job: AnyJob, sizing: str | None, git: GitState | None) -> Task:
-    return Task(job_id=job_id, job=job.model_dump(mode="json"), sizing=sizing, origin=Origin(git=git))
-
-
-def job_of(task: Task) -> AnyJob:
-    """Raises pydantic.ValidationError."""
-    return parse_job(json.dumps(task.job))
 
 
 def dump_script_data(run: Run, tasks: Iterable[Task]) -> str:

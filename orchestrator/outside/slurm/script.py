@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from launch import __version__
 from orchestrator.errors import SpecError
 from orchestrator.job.spec import AnyJob
-from orchestrator.outside.slurm.commands import Partition, time_text
+from orchestrator.outside.record import Task
+from orchestrator.outside.shape import Shape
+from orchestrator.outside.slurm.commands import Partition, gres_of, time_text
 from orchestrator.outside.slurm.options import SlurmOptions
-from orchestrator.outside.slurm.record import Run, Task, dump_script_data, folder_of
-from orchestrator.outside.slurm.shape import Shape
+from orchestrator.outside.slurm.record import Run, dump_script_data, folder_of
 
 END = "END-OF-JOB"
 MODULE = "orchestrator.serve.batch"
@@ -104,8 +105,8 @@ def _directives(jobs: Sequence[AnyJob], shape: Shape, run: Run, options: SlurmOp
     yield f"--nodes={shape.nodes}"
     yield "--ntasks-per-node=1"
     yield f"--cpus-per-task={shape.cpus}"
-    if shape.gres is not None:
-        yield f"--gres={shape.gres}"
+    if (gres := gres_of(shape.like, shape.kind, shape.per_node)) is not None:
+        yield f"--gres={gres}"
     if shape.memory_mb is not None:
         yield f"--mem={shape.memory_mb}M"
     if options.exclusive:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from orchestrator.job.lifecycle import JobState, Reason, ReasonCode
+from orchestrator.outside.record import Status, known_as, so_far
 from orchestrator.outside.slurm.commands import Queued
 from orchestrator.outside.slurm.reasons import how_ended, why_waiting
-from orchestrator.outside.slurm.record import PREFIX, Handed, Status
+from orchestrator.outside.slurm.record import PREFIX, Handed
 from orchestrator.views import JobView
 
 WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
@@ -36,10 +36,10 @@ def view_of(
     elif view.finished_at is None and status is not None and status.events:
         update |= {"finished_at": status.events[-1].time}
     own = handed.job_ids[index]
-    reason = reason.model_copy(update={"remedy": _known_as(reason.remedy, own, job_id)})
+    reason = reason.model_copy(update={"remedy": known_as(reason.remedy, own, job_id)})
     error = view.error if state == JobState.FAILED or view.state == state else None
     if error is not None:
-        error = error | {"hint": _known_as(error.get("hint"), own, job_id)}
+        error = error | {"hint": known_as(error.get("hint"), own, job_id)}
     return view.model_copy(update=update | {"reason": reason, "error": error})
 
 
@@ -67,7 +67,7 @@ def _state(
     if row is not None and row.state in WAITING:
         reason = why_waiting(row, now)
         if view.attempts:
-            reason = reason.model_copy(update={"sentence": f"{_so_far(view)}; {reason.sentence}"})
+            reason = reason.model_copy(update={"sentence": f"{so_far(view)}; {reason.sentence}"})
         return JobState.QUEUED, reason
     if row is not None and row.state in LIVE:
         return _live(view, status, row)
@@ -81,7 +81,7 @@ def _state(
     return JobState.FAILED, Reason(
         code=ReasonCode.FAILED,
         sentence="Slurm does not know it any more, and it has left no word of its end",
-        remedy="submit it again" if status is None else f"submit it again; {_so_far(view)}",
+        remedy="submit it again" if status is None else f"submit it again; {so_far(view)}",
     )
 
 
@@ -105,16 +105,5 @@ def _ended(view: JobView, row: Queued) -> tuple[JobState, Reason]:
     if state == JobState.FAILED and view.state == JobState.PAUSED and row.state in ("FAILED", "COMPLETED"):
         return state, view.reason  # its run has said why it does not go on
     if view.attempts:
-        reason = reason.model_copy(update={"sentence": f"{reason.sentence}; {_so_far(view)}"})
+        reason = reason.model_copy(update={"sentence": f"{reason.sentence}; {so_far(view)}"})
     return state, reason
-
-
-def _so_far(view: JobView) -> str:
-    attempts = "1 attempt" if view.attempts == 1 else f"{view.attempts} attempts"
-    saved = f", saved at step {view.checkpoint.step}" if view.checkpoint is not None else ""
-    return f"{attempts} so far{saved}"
-
-
-def _known_as(text: str | None, own: str, job_id: str) -> str | None:
-    """`text` with commands that name the job as it is known here."""
-    return None if text is None else re.sub(rf"(tuneyard \w+ ){re.escape(own)}\b", rf"\g<1>{job_id}", text)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
-import string
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,18 +15,18 @@ from orchestrator.job.lifecycle import JobState
 from orchestrator.job.spec import AnyJob
 from orchestrator.outside.options import read_options
 from orchestrator.outside.protocol import MAX_JOBS, Order, Outside, System
+from orchestrator.outside.record import Patience, Status, Task, job_ids, task_of
+from orchestrator.outside.shape import Shape, Words, shape_of
 from orchestrator.outside.slurm import record
 from orchestrator.outside.slurm.commands import Partition, Queued, ask, partition, queue
 from orchestrator.outside.slurm.options import SlurmOptions
-from orchestrator.outside.slurm.record import Files, Handed, Patience, Run, Status, Task
+from orchestrator.outside.slurm.record import Files, Handed, Run
 from orchestrator.outside.slurm.script import Times, script_of, times_of
-from orchestrator.outside.slurm.shape import Shape, shape_of
 from orchestrator.outside.slurm.state import id_of, view_of
 from orchestrator.settings import Settings
 from orchestrator.views import AttemptView, EventView, JobView
 
 MAX_LOG = 1 << 20
-ALPHABET = string.ascii_lowercase + string.digits
 FORGOTTEN = "Invalid job id"
 
 
@@ -214,13 +212,17 @@ def _shape(order: Order, there: Partition, options: SlurmOptions) -> Shape:
     Raises:
         SpecError: they differ in what they ask Slurm for.
     """
-    where = f"the partition {there.name}"
+    words = Words(
+        where=f"the partition {there.name}",
+        none="`sinfo -o '%P %N %T %G'` tells what there is; --with partition=OTHER takes another partition",
+        few="for another partition: --with partition=OTHER",
+    )
     shapes = {
         (job.model_copy(update={"name": "job", "array_of": None}).model_dump_json(), sizing): (job, sizing)
         for job, sizing in zip(order.jobs, order.sizings, strict=True)
     }
-    found = [shape_of(job, sizing, there.nodes, options, where) for job, sizing in shapes.values()]
-    asked = {(one.processes, one.nodes, one.cpus, one.gres) for one in found}
+    found = [shape_of(job, sizing, there.nodes, options, words) for job, sizing in shapes.values()]
+    asked = {(one.processes, one.nodes, one.cpus, one.kind) for one in found}
     if len(asked) > 1:
         told = "; ".join(f"{processes} processes on {nodes} nodes" for processes, nodes, *_ in sorted(asked, key=str))
         raise SpecError(
@@ -235,15 +237,9 @@ def _shape(order: Order, there: Partition, options: SlurmOptions) -> Shape:
 
 def _tasks(order: Order) -> list[Task]:
     return [
-        record.task_of(job_id, job, sizing, order.git)
-        for job_id, job, sizing in zip(_job_ids(order.jobs), order.jobs, order.sizings, strict=True)
+        task_of(job_id, job, sizing, order.git)
+        for job_id, job, sizing in zip(job_ids(order.jobs), order.jobs, order.sizings, strict=True)
     ]
-
-
-def _job_ids(jobs: Sequence[AnyJob]) -> Iterator[str]:
-    suffix = "".join(secrets.choice(ALPHABET) for _ in range(5))
-    for job in jobs:
-        yield f"{job.name}-{suffix}" if job.array_of is None else f"{job.array_of.id}-{job.array_of.index}"
 
 
 def _make(folder: Path) -> None:

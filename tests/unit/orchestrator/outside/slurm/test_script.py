@@ -12,17 +12,18 @@ from launch.contract import ExecutionPlan
 from orchestrator.cluster.model import Node
 from orchestrator.errors import NotFoundError, SpecError
 from orchestrator.job.spec import AnyJob, ArrayElement
+from orchestrator.outside.record import Patience, Task, job_of, task_of
+from orchestrator.outside.shape import Shape
 from orchestrator.outside.slurm import record
-from orchestrator.outside.slurm.commands import Partition
+from orchestrator.outside.slurm.commands import GRES_LABEL, Partition
 from orchestrator.outside.slurm.options import SlurmOptions
-from orchestrator.outside.slurm.record import Patience, Run, Task
+from orchestrator.outside.slurm.record import Run
 from orchestrator.outside.slurm.script import Times, script_of, times_of
-from orchestrator.outside.slurm.shape import Shape
 from tests.builders import a_command_job
 
 PLAN = ExecutionPlan(engine="ddp", world_size=4, device="cpu", micro_batch_size=1, gradient_accumulation_steps=1)
 NODE = Node(id="", name="", address="", cores=4, cpu_slots=2)
-SHAPE = Shape(processes=4, nodes=2, per_node=2, cpus=4, gres=None, memory_mb=None, node=NODE, plan=PLAN)
+SHAPE = Shape(processes=4, nodes=2, per_node=2, cpus=4, kind=None, memory_mb=None, node=NODE, like=NODE, plan=PLAN)
 RUN = Run(
     root="/shared/my yard", home="/home/me", node=NODE, warning_s=300.0,
     patience=Patience(leash=30, leash_margin=5, stop_grace=60, tick=0.5),
@@ -31,7 +32,7 @@ RUN = Run(
 
 def a_script(*jobs: AnyJob, shape: Shape = SHAPE, limit_s: float | None = None, **options: Any) -> str:
     some = jobs or (a_command_job(4),)
-    tasks = [record.task_of(f"job-{number}", job, None, None) for number, job in enumerate(some)]
+    tasks = [task_of(f"job-{number}", job, None, None) for number, job in enumerate(some)]
     return script_of(some, tasks, shape, RUN, SlurmOptions(**options), Times(limit_s, 300.0), "/venv/bin/python")
 
 
@@ -49,7 +50,8 @@ def test_what_slurm_is_told() -> None:
 def test_what_is_said_to_slurm_alone() -> None:
     from dataclasses import replace
 
-    shape = replace(SHAPE, gres="gpu:h100:2", memory_mb=5000)
+    like = NODE.model_copy(update={"labels": {GRES_LABEL: "gpu:h100:8"}})
+    shape = replace(SHAPE, kind="H100", like=like, memory_mb=5000)
     told = directives(
         a_script(
             a_command_job(4, priority="low"), shape=shape, limit_s=7200, partition="gpu", account="lab-7", qos="high",
@@ -88,7 +90,7 @@ def test_a_run_reads_what_the_script_hands_to_it(tmp_path: Path) -> None:
     assert (tmp_path / "argv").read_text() == "a b\n-m\norchestrator.serve.batch\n"
     run, tasks = record.parse_script_data((tmp_path / "stdin").read_text())
     assert run == RUN
-    assert [record.job_of(task) for task in tasks] == jobs
+    assert [job_of(task) for task in tasks] == jobs
 
 
 @pytest.mark.parametrize(
@@ -155,5 +157,5 @@ def test_what_was_handed_over_is_known_again(tmp_path: Path) -> None:
 
 def test_a_task_is_small() -> None:
     """A thousand of them must fit into a script, of which Slurm takes 4 MiB."""
-    task: Task = record.task_of("job-1", a_command_job(4), None, None)
+    task: Task = task_of("job-1", a_command_job(4), None, None)
     assert len(task.model_dump_json()) < 2000

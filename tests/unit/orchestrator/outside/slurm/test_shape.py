@@ -12,19 +12,25 @@ from orchestrator.errors import DoesNotFitError, ImpossibleGangError
 from orchestrator.job.spec import AnyJob, TrainingJob, dump_job
 from orchestrator.memory.options import kinds_of, ways
 from orchestrator.memory.sizing import sizing_of
-from orchestrator.outside.slurm.commands import parse_node
+from orchestrator.outside.shape import BESIDE, MIB, Shape, Words, shape_of
+from orchestrator.outside.slurm.commands import gres_of, parse_node
 from orchestrator.outside.slurm.options import SlurmOptions
-from orchestrator.outside.slurm.shape import BESIDE, MIB, Shape, shape_of
 from tests.builders import a_command_job, a_training_job
 
+WORDS = Words("the partition main", none="take another", few="for another")
 
-def nodes(count: int = 2, cores: int = 8, gres: str = "(null)", memory: int = 64_000) -> list[Node]:
-    found = [parse_node(f"n{number}|idle|{cores}|{memory}|{gres}") for number in range(count)]
+
+def gres(shape: Shape) -> str | None:
+    return gres_of(shape.like, shape.kind, shape.per_node)
+
+
+def nodes(count: int = 2, cores: int = 8, told: str = "(null)", memory: int = 64_000) -> list[Node]:
+    found = [parse_node(f"n{number}|idle|{cores}|{memory}|{told}") for number in range(count)]
     return [node for node in found if node is not None]
 
 
 def shaped(job: AnyJob, there: list[Node], sizing: str | None = None, **options: Any) -> Shape:
-    return shape_of(job, sizing, there, SlurmOptions(**options), "the partition main")
+    return shape_of(job, sizing, there, SlurmOptions(**options), WORDS)
 
 
 def on(accelerator: str, processes: int) -> AnyJob:
@@ -33,7 +39,7 @@ def on(accelerator: str, processes: int) -> AnyJob:
 
 def test_as_few_nodes_as_hold_it() -> None:
     one = shaped(a_command_job(4), nodes())
-    assert (one.nodes, one.per_node, one.cpus, one.gres) == (1, 4, 4, None)
+    assert (one.nodes, one.per_node, one.cpus, gres(one)) == (1, 4, 4, None)
     two = shaped(a_command_job(10), nodes())
     assert (two.nodes, two.per_node, two.processes) == (2, 5, 10)
 
@@ -51,11 +57,11 @@ def test_cpus_of_a_process() -> None:
 
 def test_gpus_and_their_share_of_the_cpus() -> None:
     found = shaped(on("H100", 4), nodes(2, 64, "gpu:h100:8"))
-    assert (found.nodes, found.gres, found.cpus) == (1, "gpu:h100:4", 32)
+    assert (found.nodes, gres(found), found.cpus) == (1, "gpu:h100:4", 32)
     assert [(gpu.index, gpu.type) for gpu in found.node.gpus] == [(index, "H100") for index in range(4)]
     assert found.plan.device == "cuda"
     untyped = shaped(a_command_job(16), nodes(2, 64, "gpu:8"))
-    assert (untyped.nodes, untyped.gres, untyped.per_node) == (2, "gpu:8", 8)
+    assert (untyped.nodes, gres(untyped), untyped.per_node) == (2, "gpu:8", 8)
 
 
 def test_gpus_are_taken_where_either_would_do() -> None:

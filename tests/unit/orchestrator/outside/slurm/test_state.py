@@ -8,9 +8,10 @@ import pytest
 
 from orchestrator.job.checkpoint import LastCheckpoint
 from orchestrator.job.lifecycle import JobState, Reason, ReasonCode
+from orchestrator.outside.record import Status
 from orchestrator.outside.slurm.commands import Queued
 from orchestrator.outside.slurm.reasons import WAITS, how_ended, why_waiting
-from orchestrator.outside.slurm.record import Handed, Status
+from orchestrator.outside.slurm.record import Handed
 from orchestrator.outside.slurm.state import view_of
 from orchestrator.views import EventView, JobView
 

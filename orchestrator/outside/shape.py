@@ -1,10 +1,11 @@
-"""How a job lies on a partition: on how many nodes, how many processes on each, and what those ask for. Pure."""
+"""How a job lies on nodes of a system outside: on how many, how many processes on each, what those ask for. Pure."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from launch.contract import Device, ExecutionPlan
 from orchestrator.cluster.model import Gpu, Node
@@ -12,14 +13,39 @@ from orchestrator.errors import DoesNotFitError, ImpossibleGangError
 from orchestrator.job.spec import AnyJob, TrainingJob, dump_job
 from orchestrator.memory.options import kinds_of, ways
 from orchestrator.memory.plan import plan
-from orchestrator.outside.slurm.commands import GRES_LABEL, MIB, gres_type
-from orchestrator.outside.slurm.options import SlurmOptions
 
+MIB = 1 << 20
 ROOM, BESIDE = 2, 1 << 30
 """Of a node's memory, so many times what its processes are predicted to need is asked for, since a plan that takes most
 of its place would be traced before it starts; and bytes for launcher, agent and controller."""
 Kind = str | None
 """A type of GPU; None for CPUs."""
+
+
+class Wanted(Protocol):
+    """What was said of it to the system alone; None leaves it to what follows from the job."""
+
+    @property
+    def nodes(self) -> int | None: ...
+    @property
+    def cpus(self) -> int | None:
+        """Of a process."""
+
+    @property
+    def memory_gb(self) -> float | None:
+        """Of a node, in 10^9 bytes."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """How messages speak of the nodes."""
+
+    where: str
+    """Such as `the partition main`."""
+    none: str
+    """What to do where there is no such node."""
+    few: str
+    """Where there are too few, behind `ask for fewer, or`."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +58,13 @@ class Shape:
     """Processes on the fullest of them."""
     cpus: int
     """Of each node."""
-    gres: str | None
+    kind: Kind
     memory_mb: int | None
-    """Of each node; None for what Slurm gives by itself."""
+    """Of each node; None for what the system gives by itself."""
     node: Node
     """What a run is to find on each of them."""
+    like: Node
+    """One of those that it was planned for."""
     plan: ExecutionPlan
 
 
@@ -67,8 +95,8 @@ class _Wish:
         return -(-self.processes // nodes)
 
 
-def shape_of(job: AnyJob, sizing: str | None, nodes: Sequence[Node], options: SlurmOptions, where: str) -> Shape:
-    """The best way to run `job` on nodes like these, all idle; `where` is what messages call them.
+def shape_of(job: AnyJob, sizing: str | None, nodes: Sequence[Node], options: Wanted, words: Words) -> Shape:
+    """The best way to run `job` on nodes like these, all idle.
 
     Raises:
         ImpossibleGangError: they are too few, or none is of the accelerator that it asks for.
@@ -92,10 +120,10 @@ def shape_of(job: AnyJob, sizing: str | None, nodes: Sequence[Node], options: Sl
                 return _shape(wish, count, kind, spots[kind], options)
     if misfit is not None:
         raise DoesNotFitError(misfit, hint="`tuneyard plan` tells the nearest change that fits")
-    raise _impossible(job, spots, options, where)
+    raise _impossible(job, spots, options, words)
 
 
-def _most_on_a_node(job: AnyJob, spots: Mapping[Kind, Sequence[_Spot]], options: SlurmOptions) -> Iterator[int]:
+def _most_on_a_node(job: AnyJob, spots: Mapping[Kind, Sequence[_Spot]], options: Wanted) -> Iterator[int]:
     """How many processes to let onto a node: as many as it takes, then ever fewer, since each has more memory then."""
     high = job.resources.bounds[1]
     if options.nodes is not None:
@@ -107,7 +135,7 @@ def _most_on_a_node(job: AnyJob, spots: Mapping[Kind, Sequence[_Spot]], options:
         most //= 2
 
 
-def _spots(job: AnyJob, nodes: Sequence[Node], options: SlurmOptions) -> dict[Kind, list[_Spot]]:
+def _spots(job: AnyJob, nodes: Sequence[Node], options: Wanted) -> dict[Kind, list[_Spot]]:
     """The nodes that would do."""
     wanted, found = job.resources.accelerator.lower(), defaultdict[Kind, list[_Spot]](list)
     for node in nodes:
@@ -158,7 +186,7 @@ def _count(spots: Sequence[_Spot], wish: _Wish, wanted: int | None) -> int | Non
     return None
 
 
-def _shape(wish: _Wish, count: int, kind: Kind, spots: Sequence[_Spot], options: SlurmOptions) -> Shape:
+def _shape(wish: _Wish, count: int, kind: Kind, spots: Sequence[_Spot], options: Wanted) -> Shape:
     most = wish.most(count)
     able = [one.node for one in spots if one.room(wish) >= most]
     gpus = tuple(gpu.model_copy(update={"index": index}) for index, gpu in enumerate(_of_kind(able[0], kind)[:most]))
@@ -178,24 +206,19 @@ def _shape(wish: _Wish, count: int, kind: Kind, spots: Sequence[_Spot], options:
         nodes=count,
         per_node=most,
         cpus=cpus,
-        gres=_gres(able[0], kind, most) if gpus else None,
+        kind=kind,
         memory_mb=None if asked is None else asked // MIB,
         node=Node(
             id="", name="", address="", cores=cpus, cpu_slots=most, memory_bytes=asked if asked is not None else least,
             gpus=gpus,
         ),
+        like=able[0],
         plan=wish.plan,
     )  # fmt: skip
 
 
-def _gres(node: Node, kind: Kind, count: int) -> str:
-    """What is asked of each node, by the name that Slurm has for such GPUs."""
-    name = gres_type(node.labels.get(GRES_LABEL, ""), kind or "")
-    return f"gpu:{name}:{count}" if name is not None else f"gpu:{count}"
-
-
 def _impossible(
-    job: AnyJob, spots: Mapping[Kind, Sequence[_Spot]], options: SlurmOptions, where: str
+    job: AnyJob, spots: Mapping[Kind, Sequence[_Spot]], options: Wanted, words: Words
 ) -> ImpossibleGangError:
     low, accelerator = job.resources.bounds[0], job.resources.accelerator
     kind = "" if accelerator == "any" else f" on {accelerator}"
@@ -203,19 +226,19 @@ def _impossible(
     nodes = max((len(some) for some in spots.values()), default=0)
     if not most:
         return ImpossibleGangError(
-            f"{where} has no node that is up and takes processes{kind}",
+            f"{words.where} has no node that is up and takes processes{kind}",
             field="resources.accelerator",
-            hint="`sinfo -o '%P %N %T %G'` tells what there is; --with partition=OTHER takes another partition",
+            hint=words.none,
         )
     if options.nodes is not None and options.nodes > min(nodes, low):
         return ImpossibleGangError(
-            f"--with nodes={options.nodes}: {where} has {nodes} such nodes, and the job {low} processes",
+            f"--with nodes={options.nodes}: {words.where} has {nodes} such nodes, and the job {low} processes",
             field="nodes",
             hint=f"ask for at most {min(nodes, low)} nodes",
         )
     over = f" on {options.nodes} nodes" if options.nodes is not None else ""
     return ImpossibleGangError(
-        f"the job asks for {low} processes{kind}; {where} takes {most} such processes at most{over}",
+        f"the job asks for {low} processes{kind}; {words.where} takes {most} such processes at most{over}",
         field="resources.num_processes",
-        hint="ask for fewer, or for another partition: --with partition=OTHER",
+        hint=f"ask for fewer, or {words.few}",
     )

@@ -1,0 +1,5 @@
+"""Fixtures of the fault tests."""
+
+from tests.kubernetes.fixtures import api_server, cluster
+
+__all__ = ["api_server", "cluster"]
