@@ -38,14 +38,55 @@ def ray_names_are_labels(objects: Objects) -> Found:
                 yield where, f"two groups are called {name}"
 
 
-@rule("without an autoscaler replicas, minReplicas and maxReplicas are the same; with one, replicas is between")
+FLEET = "TUNEYARD_FLEET"
+
+
+def fleets(objects: Objects) -> set[str]:
+    """The Ray clusters, as NAMESPACE/NAME, whose size a controller changes."""
+    containers = (item["spec"]["template"]["spec"]["containers"][0] for item in of_kind(objects, "Deployment"))
+    return {str(one[FLEET]) for one in (environment(container, objects) for container in containers) if FLEET in one}
+
+
+def full_name(item: Object) -> str:
+    return f"{item['metadata'].get('namespace')}/{item['metadata']['name']}"
+
+
+@rule("TUNEYARD_FLEET names a RayCluster that is there, with bounds to move between, without an autoscaler and Kueue")
+def fleets_may_move(objects: Objects) -> Found:
+    there = {full_name(item): item for item in of_kind(objects, "RayCluster")}
+    for name in fleets(objects):
+        item = there.get(name)
+        if item is None:
+            yield name, "is no RayCluster here"
+            continue
+        groups = item["spec"].get("workerGroupSpecs", [])
+        if all(group.get("minReplicas") == group.get("maxReplicas") for group in groups):
+            yield name, "no group may change its size"
+        if item["spec"].get("enableInTreeAutoscaling"):
+            yield name, "two would change its size: Ray's autoscaler and the fleet"
+        if QUEUE in item["metadata"].get("labels", {}):
+            yield name, "Kueue admits a fixed number of pods"
+        roles = [
+            set(one["verbs"])
+            for role in of_kind(objects, "Role")
+            for one in role["rules"]
+            if "rayclusters" in one["resources"] and item["metadata"]["name"] in one.get("resourceNames", [])
+        ]
+        if not any({"get", "watch", "patch"} <= verbs for verbs in roles):
+            yield name, "no Role lets the controller get, watch and patch it"
+
+
+@rule(
+    "unless a fleet or an autoscaler moves it replicas, minReplicas and maxReplicas are the same; else replicas between"
+)
 def ray_groups_have_a_size(objects: Objects) -> Found:
-    for where, _, spec in ray_specs(objects):
+    moved = {name.partition("/")[2] for name in fleets(objects)}
+    for where, cluster, spec in ray_specs(objects):
         for group in spec.get("workerGroupSpecs", []):
             low, now, high = (group.get(key) for key in ("minReplicas", "replicas", "maxReplicas"))
             if None in (low, now, high) or not low <= now <= high:
                 yield where, f"{group['groupName']}: {low} <= {now} <= {high} does not hold"
-            elif not spec.get("enableInTreeAutoscaling") and low != high:
+            elif not spec.get("enableInTreeAutoscaling") and cluster not in moved and low != high:
                 yield where, f"{group['groupName']}: nothing changes its size between {low} and {high}"
 
 

@@ -127,14 +127,14 @@ class Api:
         return sorted(events, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
 
     def log(self, namespace: str, pod: str, container: str | None = None) -> bytes:
-        found = self._ask(
-            lambda: (
-                self._core.read_namespaced_pod_log(
-                    pod, namespace, container=container, _preload_content=False, _request_timeout=CALL_S
-                ).data
+        def ask() -> bytes:
+            found: Any = self._core.read_namespaced_pod_log(
+                pod, namespace, container=container, _preload_content=False, _request_timeout=CALL_S
             )
-        )
-        return bytes(found)
+            return bytes(found.data)
+
+        found: bytes = self._ask(ask)
+        return found
 
     def watch(self, plural: str, namespace: str, name: str, seconds: int) -> Iterator[Object]:
         """The object as it is (`type` ADDED), and whenever it changes, for so many seconds at most. It begins without a
@@ -200,7 +200,8 @@ class _Told:
         self._server, self._said = server, False
 
     def __call__(self, state: tenacity.RetryCallState) -> None:
-        if not self._said and (state.seconds_since_start or 0.0) >= TELL_AFTER_S:
+        pause_s = state.next_action.sleep if state.next_action is not None else 0.0
+        if not self._said and (state.seconds_since_start or 0.0) + pause_s >= TELL_AFTER_S:
             self._said = True
             print(f"the Kubernetes API at {self._server} does not answer; waiting for it", file=sys.stderr, flush=True)
 

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ruamel.yaml import YAML
 
@@ -31,6 +31,9 @@ from orchestrator.outside.record import Patience, Status, job_ids, task_of
 from orchestrator.outside.shape import Shape, Words, shape_of
 from orchestrator.settings import Settings
 from orchestrator.views import AttemptView, EventView, JobView
+
+if TYPE_CHECKING:
+    from orchestrator.outside.k8s.api import Api
 
 RAYJOBS = "rayjobs"
 MAX_LOG = 1 << 20
@@ -256,19 +259,19 @@ class Kubernetes(Outside):
             if starting:
                 for pod in server.pods(namespace, f"{JOB_LABEL}={single}" if single else JOB_LABEL):
                     pods[pod["metadata"]["labels"][JOB_LABEL]].append(pod)
-            for one in mine:
-                name = one["metadata"]["name"]
-                events = server.events(namespace, "RayJob", name) if single and one in starting else []
-                found[names[name]] = Seen(one, workloads.get(one["metadata"]["uid"]), tuple(pods[name]), tuple(events))
+            for rayjob in mine:
+                name, uid = rayjob["metadata"]["name"], rayjob["metadata"]["uid"]
+                events = server.events(namespace, "RayJob", name) if single and rayjob in starting else []
+                found[names[name]] = Seen(rayjob, workloads.get(uid), tuple(pods[name]), tuple(events))
         return found
 
     def _status(self, handed: Handed) -> Status | None:
         return Files(handed.root, handed.name).read_status()
 
-    def _api(self, handed: Handed) -> Any:
+    def _api(self, handed: Handed) -> Api:
         return self._server(handed.context)
 
-    def _server(self, context: str | None) -> Any:
+    def _server(self, context: str | None) -> Api:
         from orchestrator.outside.k8s.api import api
 
         return api(context, self._settings.k8s_patience)

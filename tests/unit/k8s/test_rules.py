@@ -11,6 +11,7 @@ from k8s.check.model import RULES, Object, Objects, of_kind, quantity, selects
 from k8s.check.policy import check_policy
 
 PROD, DEV, SCALED = "overlays/prod-kueue", "overlays/dev-cpu", "components/autoscaler"
+FLEET = "components/fleet"
 Render = Callable[[str], Objects]
 
 
@@ -193,6 +194,13 @@ VIOLATIONS: tuple[tuple[str, str, Break], ...] = (
     ("ray-groups-have-a-size", DEV, lambda o: worker(o).update(maxReplicas=9)),
     ("ray-groups-have-a-size", DEV, lambda o: worker(o).pop("replicas")),
     ("ray-groups-have-a-size", SCALED, lambda o: worker(o).update(replicas=99)),
+    ("ray-groups-have-a-size", FLEET, lambda o: worker(o).update(replicas=99)),
+    ("ray-groups-have-a-size", FLEET, lambda o: settings(o).pop("TUNEYARD_FLEET")),
+    ("fleets-may-move", FLEET, lambda o: settings(o).update(TUNEYARD_FLEET="tuneyard/other")),
+    ("fleets-may-move", FLEET, lambda o: worker(o).update(minReplicas=2, maxReplicas=2)),
+    ("fleets-may-move", FLEET, lambda o: ray(o).update(enableInTreeAutoscaling=True)),
+    ("fleets-may-move", FLEET, lambda o: the(o, "Role", "tuneyard-controller")["rules"][0]["verbs"].remove("patch")),
+    ("fleets-may-move", PROD, lambda o: settings(o).update(TUNEYARD_FLEET="tuneyard/yard")),
     ("autoscaler-is-v2", SCALED, lambda o: ray(o)["autoscalerOptions"].update(version="v1")),
     ("autoscaler-is-v2", SCALED, lambda o: worker(o)["template"]["spec"].update(restartPolicy="Always")),
     ("autoscaler-is-v2", SCALED, lambda o: head(o)["template"]["spec"].pop("restartPolicy")),
