@@ -38,6 +38,7 @@ and another goes on. KubeRay starts another run after each that is not 0, `backo
 ended says so at once."""
 MARGIN_S = 20.0
 """Of a pod's grace, what is kept for ending what does not save in time."""
+LEAVE_S = 0.1
 LOOK_S = 0.2
 
 
@@ -102,6 +103,7 @@ class Run:
             return self._end(row)
         row = stored(self._store, self._order.task)
         executor = self._connect()
+        signal.signal(signal.SIGTERM, self._on_term)  # again: Ray has put its own in its place
         try:
             if not self._gathered(executor, row):
                 return LEFT
@@ -162,10 +164,14 @@ def leave(order: RunOrder, grace_s: float) -> bool:
     process = _running(Files(order.root, order.task.job_id).run)
     if process is None:
         return True
-    with contextlib.suppress(psutil.Error):
+    ends_at = time.monotonic() + grace_s
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.terminate()
-        process.wait(grace_s)
-    return not process.is_running()
+        while process.status() != psutil.STATUS_ZOMBIE:  # whoever started it may not look for its end so soon
+            if time.monotonic() > ends_at:
+                return False
+            time.sleep(LEAVE_S)
+    return True
 
 
 def _this_process() -> str:
