@@ -128,6 +128,7 @@ class Entrypoint:
         self.out = finished(self.process, LEFT)
 
 
+@pytest.mark.slow
 def test_a_job_that_is_suspended_goes_on_as_if_it_had_not_been(
     ray: tuple[Yard, dict[str, str]], training: AnyJob, cluster: Cluster, tmp_path: Path
 ) -> None:
