@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import kubernetes_validate
+
+from k8s.check.schemas import crd_dir, custom
 
 Object = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
-CRDS = Path(os.environ.get("TUNEYARD_CRD_DIR", ROOT.parent / "shared" / "schemas"))
+CRDS = crd_dir()
 KUBERNETES = "1.33"
 NAME = {"type": "string"}
 
@@ -61,36 +59,10 @@ RESOURCES = (
 CUSTOM = (RAY, KUEUE)
 
 
-def closed(schema: Any) -> Any:
-    """A CRD's schema with unknown fields refused, which an API server would drop, or refuse where it is asked to."""
-    if isinstance(schema, list):
-        return [closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    result = {key: closed(value) for key, value in schema.items()}
-    properties = schema.get("properties")
-    if isinstance(properties, dict) and "type" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
-        result.setdefault("additionalProperties", False)
-    return result
-
-
-@functools.cache
-def _custom(resource: Resource) -> jsonschema.Draft202012Validator | None:
-    path = CRDS / f"{resource.group}_{resource.plural}.json"
-    if not path.is_file():
-        return None
-    for item in json.loads(path.read_text())["spec"]["versions"]:
-        if item["name"] == resource.version:
-            schema = closed(item["schema"]["openAPIV3Schema"])
-            schema["properties"]["metadata"] = {"type": "object"}
-            return jsonschema.Draft202012Validator(schema)
-    return None
-
-
 def faults(resource: Resource, item: Object) -> list[str]:
     """What is wrong with an object, by the published schemas; nothing where there is none of its kind."""
     if resource.group in CUSTOM:
-        validator = _custom(resource)
+        validator = custom(resource.api_version, resource.kind, CRDS)
         return [f"{e.json_path}: {e.message}" for e in validator.iter_errors(item)] if validator is not None else []
     try:
         kubernetes_validate.validate(item, KUBERNETES, strict=True)
