@@ -187,11 +187,15 @@ def test_a_node_lost_with_its_processes_alive_never_overlaps_with_the_next_attem
         kill(agent)
         assert all(psutil.pid_exists(pid) for pid in pids)
     until(lambda: yard.ticks(job, attempt=2))
-    second = next(one for one in yard.describe(job)["attempts"] if one["number"] == 2)
+    first, second = sorted(yard.describe(job)["attempts"], key=lambda one: one["number"])[:2]
+    assert first["outcome"] == "node-lost"
     assert set(died) == set(pids)
     assert second["created_at"] >= max(died.values())
     last = max(tick for rank in range(2) for tick in yard.ticks(job, 1, rank))
     assert min(tick for rank in range(2) for tick in yard.ticks(job, 2, rank)) > last
+    if not agent_too:  # which outlives its raylet for long enough
+        ends = [json.loads(yard.files(job).exit(rank).read_bytes()) for rank in range(2)]
+        assert any("the node's agent ended it" in end["error"]["message"] for end in ends), ends
     if agent_too:  # by their leash; where one was a moment faster, the launcher told the other to stop
         codes = {json.loads(yard.files(job).exit(rank).read_bytes())["code"] for rank in range(2)}
         assert ExitCode.LEASH_EXPIRED in codes

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.attempt import ENV_ALLOCATOR, ENV_RUN_ID, ExitCode, write_atomically
+from launch.attempt import ENV_ALLOCATOR, ENV_RUN_ID, NODE_GONE, ExitCode, write_atomically
 from launch.contract import RankExit
 from orchestrator.execute.member import LaunchRequest, Member
 from orchestrator.execute.oom import Death, Witness
@@ -204,6 +204,18 @@ def test_past_a_stops_deadline_everything_is_ended(run_id: str, launcher: Path) 
     write_atomically(member.files.stop, json.dumps({"reason": "r", "deadline": 0}))
     until(member.tick)
     assert of_run(run_id) == []
+
+
+def test_ranks_that_are_ended_since_their_node_is_lost_are_lost_with_it(run_id: str, launcher: Path) -> None:
+    member = a_member(run_id, launcher, "hang")
+    member.start()
+    until(lambda: member.files.process(0).exists())
+    write_atomically(member.files.stop, json.dumps({"reason": NODE_GONE, "deadline": 0}))
+    until(member.tick)
+    end = RankExit.model_validate_json(member.files.exit(0).read_bytes())
+    assert end.code == ExitCode.LEASH_EXPIRED
+    assert end.error is not None
+    assert not end.error.echo  # it is the cause, whatever its peers say of it
 
 
 def test_an_attempt_ends_with_its_owner(run_id: str, launcher: Path) -> None:
