@@ -32,8 +32,6 @@ CANCELLED = "cancelled"
 """The stop message's reason where nothing of the job is to go on."""
 HUNG = "hung"
 """The stop message's reason where a rank of the gang does not move: agents read all stacks before they end anything."""
-NODE_GONE = "the node lost its raylet"
-"""The stop message's reason where a node of the gang is lost, and its agent outlives it for long enough to end all."""
 
 # A plan's wish for a GPU's allocator. Who starts the launcher puts it into torch's own words (`told_to_torch`).
 ENV_ALLOCATOR = "TUNEYARD_ALLOCATOR"

@@ -25,7 +25,6 @@ from launch.attempt import (
     ENV_HEARTBEAT,
     ENV_RUN_ID,
     HUNG,
-    NODE_GONE,
     AttemptFiles,
     ExitCode,
     told_to_torch,
@@ -108,6 +107,8 @@ class Member:
     _over_at: float | None = None
     _beat_at: float = 0.0
     _meter: Meter | None = None
+    _node_lost: bool = False
+    """Whether its node counts as lost from now on, so that its ranks are to go at once."""
     _bereft: bool = False
     """Whether the agent that started it has died: how its ranks ended is not known then."""
     _upload: tuple[subprocess.Popen[bytes], float] | None = None
@@ -173,6 +174,10 @@ class Member:
         kill(process for process in of_run(request.run_id) if process.pid in pids)
         return member
 
+    def lose_node(self) -> None:
+        """Its node counts as lost, and the next attempt may start once its ranks are gone: they are killed, not asked."""
+        self._node_lost = True
+
     def tick(self, heard: float | None = None) -> bool:
         """Look once, act if needed; True when no process of this part is left.
 
@@ -198,6 +203,7 @@ class Member:
             or (self._over_at is not None and now - self._over_at > LINGER_S)
             or self._stop_is_overdue(now - more)
             or self._is_orphan()
+            or self._node_lost
         )
         if overdue or code is not None or self._bereft:
             left = of_run(self.request.run_id)
@@ -273,7 +279,7 @@ class Member:
         if death is not None:
             told = {"code": death.code, "limit_bytes": death.limit_bytes, "used_bytes": death.used_bytes}
             self._record(rank, ExitCode.OUT_OF_MEMORY, death.message, number=signal.SIGKILL, told=told)
-        elif self._stop_reason() == NODE_GONE:
+        elif self._node_lost:
             self._record(rank, ExitCode.LEASH_EXPIRED, "its node was lost, and the node's agent ended it first")
         elif self._ended_by_us is not None:
             self._record(rank, ExitCode.KILLED, self._ended_by_us, number=signal.SIGKILL, told={"echo": True})

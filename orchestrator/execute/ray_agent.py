@@ -6,7 +6,6 @@ leaves; ranks that outlive it are ended by their leash, and so are those of a no
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 
 import ray
 
-from launch.attempt import NODE_GONE, AttemptFiles, write_atomically
+from launch.attempt import AttemptFiles, write_atomically
 from launch.checkpoint.copies import SWEEP_S, sweep
 from launch.contract import RunContract
 from orchestrator.cluster.status import NodeReport, ProbeReport, ProbeRequest, StandbyReport
@@ -117,8 +116,7 @@ class NodeAgent:
         self._contact.close()
         # The node is lost: another attempt may start as soon as these ranks are gone, so they go now.
         for member in list(self._members.values()):
-            files = AttemptFiles(member.request.run_dir)
-            write_atomically(files.stop, json.dumps({"reason": NODE_GONE, "deadline": 0}))
+            member.lose_node()
         while self._members:
             self._tick()
             time.sleep(TICK_S)

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.attempt import ENV_ALLOCATOR, ENV_RUN_ID, NODE_GONE, ExitCode, write_atomically
+from launch.attempt import ENV_ALLOCATOR, ENV_RUN_ID, ExitCode, write_atomically
 from launch.contract import RankExit
 from orchestrator.execute.member import LaunchRequest, Member
 from orchestrator.execute.oom import Death, Witness
@@ -210,8 +210,9 @@ def test_ranks_that_are_ended_since_their_node_is_lost_are_lost_with_it(run_id: 
     member = a_member(run_id, launcher, "hang")
     member.start()
     until(lambda: member.files.process(0).exists())
-    write_atomically(member.files.stop, json.dumps({"reason": NODE_GONE, "deadline": 0}))
+    member.lose_node()
     until(member.tick)
+    assert not member.files.stop.exists()  # which ranks would follow, and then count as having been stopped
     end = RankExit.model_validate_json(member.files.exit(0).read_bytes())
     assert end.code == ExitCode.LEASH_EXPIRED
     assert end.error is not None
