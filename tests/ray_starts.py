@@ -1,5 +1,6 @@
-"""`python -m tests.ray_starts ADDRESS FOLDER`: gangs on three Ray nodes, one of which is taken and one of which is
-silent. A program of its own, because Ray reads a yard's secret where it is imported. It prints what it saw as JSON.
+"""`python -m tests.ray_starts ADDRESS FOLDER`: gangs on three Ray nodes, one of which is taken, one silent, and one
+lost in the end. A program of its own, because Ray reads a yard's secret where it is imported. What it saw it prints as
+JSON.
 """
 
 from __future__ import annotations
@@ -8,13 +9,16 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.util import placement_group
 
 from launch.contract import NodeShare, RunContract
+from orchestrator.errors import ExecutorError
 from orchestrator.execute import ray as executor_module
 from orchestrator.execute.ray import NAMESPACE, NODE_ID_LABEL, RayExecutor, _reserve
 from orchestrator.memory.plan import plan
@@ -24,10 +28,11 @@ from tests.yards import until
 PATIENCE_S = 3.0
 
 
-def a_contract(folder: Path, name: str, *nodes: str) -> RunContract:
+def a_contract(folder: Path, name: str, *nodes: str, processes: int = 1) -> RunContract:
+    world = len(nodes) * processes
     return RunContract(
-        run_id=f"{name}.1", job_id=name, attempt=1, plan=plan(a_command_job(len(nodes)), len(nodes), "cpu"),
-        nodes=tuple(NodeShare(node=node, address="127.0.0.1", processes=1) for node in nodes), main_port=1,
+        run_id=f"{name}.1", job_id=name, attempt=1, plan=plan(a_command_job(world), world, "cpu"),
+        nodes=tuple(NodeShare(node=node, address="127.0.0.1", processes=processes) for node in nodes), main_port=1,
         run_dir=str(folder / name), output_dir="/o", checkpoint_dir="/c", tracker_dir="/t", command=("true",),
     )  # fmt: skip
 
@@ -54,14 +59,34 @@ def main(address: str, folder: Path) -> dict[str, Any]:
     claimed = until(lambda: [one.run_id for one, status in _statuses(executor, contracts) if status.claimed_everywhere])
     groups = ray.util.placement_group_table().values()
     kept = sorted(group["name"] for group in groups if group["name"] and group["state"] == "CREATED")
+    lost = _start_on_a_lost_node(executor, folder, taken, silent)
     executor.close()
     return {
+        "lost": lost,
         "ports": {"good": sorted(set(ports.pop(good))), "others": ports},
         "failed": {run_id: problem.message for run_id, problem in failed.items()},
         "again": list(again),
         "claimed": claimed,
         "kept": kept,
     }
+
+
+def _start_on_a_lost_node(executor: RayExecutor, folder: Path, *nodes: str) -> str:
+    """What is said of a gang whose node is lost while its slots are being reserved, some of which somebody has."""
+    entries = {entry["NodeID"]: entry["Resources"] for entry in ray.nodes()}
+    node = next(node for node in nodes if "node:__internal_head__" not in entries[node])
+    contract = a_contract(folder, "lost", node, processes=int(entries[node]["CPU"]))
+    failed: dict[str, ExecutorError] = {}
+    executor_module.RESERVE_S = 10 * PATIENCE_S
+    starts = threading.Thread(target=lambda: failed.update(executor.start([contract])))
+    starts.start()
+    agent = ray.get(ray.get_actor(f"node-agent-{node}", namespace=NAMESPACE).ping.remote())
+    raylet = psutil.Process(agent).parent()
+    assert raylet is not None
+    raylet.kill()
+    until(lambda: node not in [one.id for one in executor.nodes()])
+    starts.join()
+    return failed[contract.run_id].message
 
 
 def _statuses(executor: RayExecutor, contracts: list[RunContract]) -> list[tuple[RunContract, Any]]:

@@ -134,6 +134,8 @@ class EndAttempt:
     """With how many processes at most the next attempt is to start, at once."""
     avoid: tuple[str, ...] = ()
     """Nodes, by id, that the next attempt is to keep away from."""
+    suspects: tuple[str, ...] = ()
+    """Those of them that the fault may lie in."""
     peak: Peak | None = None
     spent: Spent | None = None
     """Where its time went, to its end."""

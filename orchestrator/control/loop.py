@@ -309,7 +309,7 @@ class Controller:
                 action.job_id, action.number, now, processes=processes, failed=failed, progressed=action.progressed
             )
             names = {node.id: node.name for node in self._nodes}
-            for node in action.avoid:
+            for node in action.suspects:
                 if node in names:
                     fault = {"node": names[node], "job_id": action.job_id, "attempt": action.number, "time": now}
                     write.add_node_fault(NodeFault(outcome=action.outcome.value, **fault))

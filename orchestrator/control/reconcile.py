@@ -198,9 +198,9 @@ def _goes_on(
             sentence=f"attempt {attempt.number} ended: {error['message']}; the next starts {when}{where}",
             remedy=f"restarts left: {left + counts}",
         )
-        return EndAttempt(
-            *key, outcome, JobState.QUEUED, reason, failed=counts, not_before=now + wait, error=error, avoid=avoid
-        )
+        suspects = avoid if treatment.suspect else ()
+        end = EndAttempt(*key, outcome, JobState.QUEUED, reason, failed=counts, not_before=now + wait, error=error)
+        return replace(end, avoid=avoid, suspects=suspects)
     reason = Reason(code=ReasonCode.FAILED, sentence=error["message"], remedy=error.get("hint"))
     return EndAttempt(*key, outcome, JobState.FAILED, reason, failed=counts, error=error)
 
@@ -212,7 +212,7 @@ def progressed(job: JobRow, attempt: AttemptRow) -> bool:
 
 
 def failed_on(attempt: AttemptRow, verdict: Verdict, treatment: Treatment) -> tuple[str, ...]:
-    """The node that the next attempt is to keep away from, if the cause may lie in it."""
+    """The node that the next attempt is to keep away from, if the cause may lie in it, or it is lost."""
     if verdict.first is None or not treatment.elsewhere or planned(attempt):
         return ()
     nodes = attempt.run.nodes

@@ -175,7 +175,7 @@ class Member:
         return member
 
     def lose_node(self) -> None:
-        """Its node counts as lost, and the next attempt may start once its ranks are gone: they are killed, not asked."""
+        """Its node counts as lost, and the next attempt waits for its ranks: they are killed, not asked."""
         self._node_lost = True
 
     def tick(self, heard: float | None = None) -> bool:

@@ -117,7 +117,7 @@ class RayExecutor:
     def start(self, contracts: Sequence[RunContract]) -> dict[str, ExecutorError]:
         failed: dict[str, ExecutorError] = {}
         told: dict[Any, tuple[str, list[RunContract]]] = {}
-        for reserved in _reserved(contracts, failed):
+        for reserved in self._reserved(contracts, failed):
             for node, parts in _by_node(reserved).items():
                 reference = self._agent(node).start.remote([(one.model_dump_json(), index) for one, index in parts])
                 told[reference] = node, [contract for contract, _ in parts]
@@ -181,6 +181,48 @@ class RayExecutor:
     def close(self) -> None:
         ray.shutdown()
 
+    def _reserved(
+        self, contracts: Sequence[RunContract], failed: dict[str, ExecutorError]
+    ) -> Iterator[list[RunContract]]:
+        """Reserve the slots of gangs, and yield those that have got theirs, once all have or SOON_S have passed: none
+        waits long for another, or for a node that is lost meanwhile. Why one has none goes into `failed`, by run."""
+        groups = []
+        for contract in contracts:
+            try:
+                groups.append((contract, _reserve(contract)))
+            except (RayError, ValueError) as problem:
+                failed[contract.run_id] = ExecutorError(f"Ray reserves nothing for {contract.run_id}: {problem}")
+        # Not before all are asked for: Ray makes groups more slowly while it is asked whether they are ready.
+        asked = {group.ready(): (contract, group) for contract, group in groups}
+        deadline = time.monotonic() + RESERVE_S
+        while asked and (left := deadline - time.monotonic()) > 0:
+            answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=min(left, SOON_S))
+            reserved = []
+            for reference in answered:
+                contract, _ = asked.pop(reference)
+                try:
+                    ray.get(reference)
+                    reserved.append(contract)
+                except RayError as problem:
+                    failed[contract.run_id] = ExecutorError(
+                        f"the slots of {contract.run_id} were given away: {problem}"
+                    )
+            yield reserved
+            for reference, (contract, group) in list(asked.items()):
+                lost = [share.node for share in contract.nodes if share.node not in self._up]
+                if lost:
+                    del asked[reference]
+                    remove_placement_group(group)
+                    failed[contract.run_id] = ExecutorError(
+                        f"{contract.run_id} was to start on a node that is lost by now ({', '.join(lost)})"
+                    )
+        for contract, group in asked.values():
+            remove_placement_group(group)
+            failed[contract.run_id] = ExecutorError(
+                f"Ray did not reserve the slots of {contract.run_id} within {RESERVE_S:.0f} s",
+                hint="does something else use this Ray cluster?",
+            )
+
     def _hear(self, patience: float) -> None:
         """Learn which new agents have answered by now, or do within `patience` seconds."""
         asked = {reference: node for node, reference in list(self._pings.items())}
@@ -243,37 +285,6 @@ def _ask(answer: Future[list[dict[str, Any]]]) -> None:
         answer.set_result(ray.nodes())
     except Exception as problem:  # whoever waits raises it
         answer.set_exception(problem)
-
-
-def _reserved(contracts: Sequence[RunContract], failed: dict[str, ExecutorError]) -> Iterator[list[RunContract]]:
-    """Reserve the slots of gangs, and yield those that have got theirs, once all have or SOON_S have passed: none waits
-    long for another. Why one gets none goes into `failed`, by run id."""
-    groups = []
-    for contract in contracts:
-        try:
-            groups.append((contract, _reserve(contract)))
-        except (RayError, ValueError) as problem:
-            failed[contract.run_id] = ExecutorError(f"Ray reserves nothing for {contract.run_id}: {problem}")
-    # Not before all are asked for: Ray makes groups more slowly while it is asked whether they are ready.
-    asked = {group.ready(): (contract, group) for contract, group in groups}
-    deadline = time.monotonic() + RESERVE_S
-    while asked and (left := deadline - time.monotonic()) > 0:
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=min(left, SOON_S))
-        reserved = []
-        for reference in answered:
-            contract, _ = asked.pop(reference)
-            try:
-                ray.get(reference)
-                reserved.append(contract)
-            except RayError as problem:
-                failed[contract.run_id] = ExecutorError(f"the slots of {contract.run_id} were given away: {problem}")
-        yield reserved
-    for contract, group in asked.values():
-        remove_placement_group(group)
-        failed[contract.run_id] = ExecutorError(
-            f"Ray did not reserve the slots of {contract.run_id} within {RESERVE_S:.0f} s",
-            hint="does something else use this Ray cluster?",
-        )
 
 
 def _reserve(contract: RunContract) -> Any:

@@ -35,15 +35,16 @@ class Treatment:
     again: bool
     """Whether the job is started again, while it has restarts left."""
     elsewhere: bool = False
-    """Whether it then keeps away from the node of the rank that failed first, where other nodes will do, and whether
-    that node comes under suspicion."""
+    """Whether it then keeps away from the node of the rank that failed first, where other nodes will do."""
+    suspect: bool = False
+    """Whether that node comes under suspicion."""
     at_once: bool = False
     """Whether its first restart waits for nothing. What nobody knows the reason of may need a moment to pass."""
 
 
 NEVER = Treatment(again=False)
 RETRY = Treatment(again=True)
-ELSEWHERE = Treatment(again=True, elsewhere=True, at_once=True)
+ELSEWHERE = Treatment(again=True, elsewhere=True, suspect=True, at_once=True)
 
 # One row a cause.
 TREATMENTS: dict[Outcome, Treatment] = {
@@ -55,7 +56,7 @@ TREATMENTS: dict[Outcome, Treatment] = {
     Outcome.CONTRACT_MISMATCH: NEVER,
     Outcome.CRASHED: RETRY,
     Outcome.KILLED: ELSEWHERE,
-    Outcome.NODE_LOST: Treatment(again=True, at_once=True),  # it is not there to be taken again
+    Outcome.NODE_LOST: Treatment(again=True, elsewhere=True, at_once=True),  # it may not be known yet to be gone
     Outcome.HUNG: ELSEWHERE,
 }
 

@@ -24,6 +24,7 @@ def test_a_gang_that_cannot_start_does_not_keep_the_others_from_it(tmp_path: Pat
     assert set(seen["failed"]) == {"taken.1", "silent.1", "half.1"}
     assert "did not reserve" in seen["failed"]["taken.1"]
     assert "does not answer" in seen["failed"]["silent.1"]
+    assert "on a node that is lost by now" in seen["lost"]
     assert seen["again"] == []
     assert {"fine.1", "reserved.1"} <= set(seen["claimed"])
     assert "taken.1" not in seen["claimed"]

@@ -335,11 +335,19 @@ def test_after_a_kill_the_next_attempt_goes_elsewhere() -> None:
     (end,) = actions_for(running(job=a_command_job(6)), attempt, *reports, nodes=(NODE, OTHER))
     assert isinstance(end, EndAttempt)
     assert end.avoid == (second,)
-    assert first not in end.avoid
+    assert (end.suspects, first in end.avoid) == ((second,), False)
     assert end.reason.sentence.endswith("on other nodes if they will do")
     # A mistake in the user's own program goes with it, and who was too slow for a planned stop has done nothing.
     assert end_of(running(), (an_exit(0, ExitCode.CRASH, message="boom"), an_exit(1, ExitCode.CRASH)), None).avoid == ()
     assert end_of(running(), KILLED).avoid == ()
+
+
+def test_after_a_node_is_lost_the_next_attempt_goes_elsewhere_even_if_it_still_seems_to_be_there() -> None:
+    attempt = an_attempt()
+    gone = (an_exit(0, ExitCode.LEASH_EXPIRED, 2.0), an_exit(1, ExitCode.KILLED, 3.0))
+    end = end_of(running(), gone, None)
+    assert (end.outcome, end.avoid) == (Outcome.NODE_LOST, (attempt.run.nodes[0].node,))
+    assert end.suspects == (), "jobs on it have not failed by its fault as long as it was there"
 
 
 def test_cancelling_a_pausing_job_shortens_its_grace() -> None:
