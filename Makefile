@@ -94,8 +94,18 @@ demo: examples
 	trap 'tuneyard down' EXIT; \
 	tuneyard up && tuneyard submit configs/jobs/sms-spam.yaml --wait
 
+# Those tests that start no worlds of processes share the cores; the others each have the machine for themselves.
+ALONE := tests/unit tests/properties
+ifeq ($(strip $(PYTEST_ARGS)),)
+test: examples
+	@status=0; \
+	$(BIN)/python -m pytest -n 2 $(ALONE) || status=$$?; \
+	$(BIN)/python -m pytest $(ALONE:%=--ignore=%) || status=$$?; \
+	exit $$status
+else
 test: examples
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
 
 lint: setup
 	$(BIN)/ruff check .
