@@ -134,6 +134,9 @@ def a_joined_node(yard: Yard, name: str, prefix: Sequence[str], **settings: str)
             node.run("node", "join", yard.record.url, "--token-file", str(yard.home / "token"), "--name", name)
             yield node
             node.run("node", "leave", "--force")
+            log = "".join(path.read_text() for path in (node.home / "logs").glob("node*.log"))
+            assert "Ray has ended" in log
+            assert "Draining" not in log, "Ray waits for nobody who could move by himself"
         finally:
             record = NodeRecord.read(Settings(home=node.home))
             if record is not None:

@@ -32,7 +32,7 @@ from orchestrator.serve.secret import RAY_TOKEN
 from orchestrator.serve.surroundings import versions
 from orchestrator.settings import Settings
 from orchestrator.views import JoinView
-from orchestrator.yard.nodes import LEAVE_S, ray_start
+from orchestrator.yard.nodes import LEAVE_S, is_agent, ray_start
 from orchestrator.yard.record import FILE as YARD_FILE
 from orchestrator.yard.record import Process, YardRecord, await_ready, log_file, ray_environment, wait_until
 
@@ -288,7 +288,7 @@ def _uncordon(settings: Settings, record: NodeRecord) -> None:
 
 
 def _agents(node: str) -> list[psutil.Process]:
-    return [process for process in carrying(ENV_NODE, node) if process.name().startswith("ray::")]
+    return [process for process in carrying(ENV_NODE, node) if is_agent(process)]
 
 
 def keep(settings: Settings) -> None:

@@ -60,7 +60,7 @@ def _remake_ray(settings: Settings, record: YardRecord) -> YardRecord:
     if record.controller is not None and record.controller.alive:
         psutil.Process(record.controller.pid).kill()
     raylets = [found for index in range(len(record.ray)) for found in _ray_servers(record, index)]
-    agents = [child for raylet in raylets for child in children_of(raylet.pid) if child.name().startswith("ray::")]
+    agents = [child for raylet in raylets for child in children_of(raylet.pid) if is_agent(child)]
     for index in range(len(record.ray)):
         _end_node(record, index)
     # Agents end their ranks and say so, which is quicker than to wait for the ranks' leash.
@@ -112,6 +112,11 @@ def forget(redis: str, yard: str) -> None:
             [sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=FORGET_S,
             check=False,
         )  # fmt: skip
+
+
+def is_agent(process: psutil.Process) -> bool:
+    """Whether it is a node agent, by the title that Ray gives its process; Ray's idle workers outlive a raylet, too."""
+    return process.name().startswith("ray::NodeAgent")
 
 
 def _end_node(record: YardRecord, index: int) -> None:

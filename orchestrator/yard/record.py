@@ -28,6 +28,8 @@ RAY_WAITS = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_thr
 RAY_WAITS |= {"RAY_raylet_start_wait_time_s": "100", "RAY_agent_register_timeout_ms": "100000"}
 # A node's agent outlives its raylet, to end the ranks there: else their next attempt waits for the leash.
 RAY_WAITS |= {"RAY_raylet_death_check_interval_milliseconds": "20000"}
+# Told to end, Ray waits half a minute for work to move by itself. Ours was evacuated before, by who ends the node.
+RAY_WAITS |= {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
 # With its memory in Redis Ray's head may be away for so long before the other nodes give up; else it is a minute.
 RAY_PATIENCE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
 

@@ -114,6 +114,8 @@ def _workers(handed: Handed, shape: Shape, kind: Kind, options: KubernetesOption
             container["resources"][side][kind.resource] = f"{shape.per_node}"
     if options.secret is not None:
         container["envFrom"] = [{"secretRef": {"name": options.secret}}]
+    # By then the hook has moved what ran here; Ray's own wait would end after the pod.
+    container["env"] += [{"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "0"}]
     evacuate = [*_python("orchestrator.execute.evacuate"), "--grace", f"{_within(options.grace):.0f}"]
     container["lifecycle"] = {"preStop": {"exec": {"command": evacuate}}}
     template = _pod(handed, container, options)

@@ -19,6 +19,7 @@ from k8s.check.model import Object, Objects, environment, of_kind, pods
 from k8s.check.policy import check_policy
 from k8s.check.ray import requested
 from k8s.check.references import SECRETS
+from orchestrator.yard.record import RAY_WAITS
 
 ROOT = Path(__file__).resolve().parents[3]
 OVERLAYS = ["dev-cpu", "prod-gpu", "prod-kueue", "single-node"]
@@ -73,6 +74,16 @@ def test_groups_of_gpus_are_the_first_group_with_gpus(rendered: Render) -> None:
         assert template["metadata"]["labels"]["tuneyard.io/gpu"] == "h100"
         assert {"secretRef": {"name": "tuneyard-s3"}} in container["envFrom"]
     assert "nvidia.com/gpu" not in found["cpu-workers"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+
+
+def test_ray_is_as_patient_in_pods_as_on_plain_machines(rendered: Render) -> None:
+    objects = rendered("overlays/single-node")
+    (patience,) = (one for one in of_kind(objects, "ConfigMap") if one["metadata"]["name"].startswith("tuneyard-ray"))
+    assert patience["data"] == RAY_WAITS
+    told = {"configMapRef": {"name": patience["metadata"]["name"]}}
+    for pod in pods(objects):
+        if pod.owner.startswith("RayCluster/"):
+            assert told in pod.spec["containers"][0]["envFrom"]
 
 
 def test_production_has_two_controllers_and_a_redis(rendered: Render) -> None:
