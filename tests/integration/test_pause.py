@@ -13,7 +13,7 @@ import pytest
 from tests.worlds import write_bert, write_messages
 from tests.yards import Yard, a_yard, kill, until
 
-STEPS = 1500
+STEPS = 900
 EVERY = 10
 
 
