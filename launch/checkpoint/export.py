@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,7 +229,7 @@ def write_config(folder: Path, source: Source, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="launch.checkpoint.export", description=__doc__)
     parser.add_argument("store", help="directory or URL of the checkpoints")
     parser.add_argument("id", help="step-N.attempt-A")
@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--merge", action="store_true", help="fold an adapter into the base's weights")
     parser.add_argument("--best", action="store_true", help="the weights of the best evaluation so far")
     parser.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     return_memory()
     try:
         found = CheckpointId.parse(options.id)

@@ -12,7 +12,7 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -231,12 +231,12 @@ def convert(source: Path, model: str, output: Path, max_shard: int = MAX_SHARD) 
     return {"directory": str(output), "kind": stock.kind, "tensors": len(entries)}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="launch.checkpoint.stock", description=__doc__)
     parser.add_argument("source", type=Path, help="what save_checkpoint or save_state wrote")
     parser.add_argument("output", type=Path)
     parser.add_argument("--model", required=True, help="directory or hub id of the model that was trained")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     return_memory()
     try:
         print(json.dumps(convert(options.source.absolute(), options.model, options.output.absolute())))

@@ -23,8 +23,8 @@ from orchestrator.yard.remote import Remote
 
 FILE = "yard.json"
 START_S = 120.0  # a loaded machine takes long over three raylets
-# Ray's own heartbeats: a node that is gone is dead after about 4 s instead of 15, one that is cut off after 12 instead of
-# 45. And a node may take long to start.
+# Ray's own heartbeats: a node that is gone is dead after about 4 s instead of 15, one that is cut off after 12 instead
+# of 45. And a node may take long to start.
 RAY_WAITS = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "4"}
 RAY_WAITS |= {"RAY_health_check_timeout_ms": "2000"}
 RAY_WAITS |= {"RAY_raylet_start_wait_time_s": "100", "RAY_agent_register_timeout_ms": "100000"}

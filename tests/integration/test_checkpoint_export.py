@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from launch.config import CheckpointSpec, TrainSpec
 from launch.contract import ExitCode
+from tests.programs import told_by
 from tests.worlds import (
     a_contract,
     a_plan,
@@ -40,12 +40,10 @@ def trained(spec: TrainSpec, folder: Path, engine: str = "single", size: int = 1
     return Path(launched.contract.checkpoint_dir), Path(launched.contract.output_dir)
 
 
-def export(store: Path, output: Path, *options: str, status: int = 0) -> dict[str, Any]:
-    command = [sys.executable, "-m", "launch.checkpoint.export", str(store), f"step-{STEPS}.attempt-1", str(output)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def export(store: Path, output: Path, *options: str, status: int = 0, alone: bool = False) -> dict[str, Any]:
+    """What the program prints; `alone` in a process of its own, as it is used."""
+    words = [str(store), f"step-{STEPS}.attempt-1", str(output), *options]
+    return told_by("launch.checkpoint.export", words, status, alone=alone)
 
 
 def messages(folder: Path, **changes: Any) -> TrainSpec:
@@ -71,14 +69,14 @@ def logits(model: Any, tokenizer_dir: Path) -> torch.Tensor:
 def test_a_classifier_in_several_files(tmp_path: Path) -> None:
     """Half of it frozen: that half is the base's own."""
     store, model = trained(messages(tmp_path, train={"freeze": ["bert.embeddings.*"]}), tmp_path / "run", "zero3", 2)
-    done = export(store, tmp_path / "exported", "--max-shard-bytes", "60000")
+    done = export(store, tmp_path / "exported", "--max-shard-bytes", "60000", alone=True)
     assert done["kind"] == "model"
     assert len(list((tmp_path / "exported").glob("model-*.safetensors"))) > 1
     live = AutoModelForSequenceClassification.from_pretrained(model)
     exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported")
     assert torch.equal(logits(exported, tmp_path / "exported"), logits(live, model))
     assert exported.config.id2label == live.config.id2label
-    assert export(store, tmp_path / "exported", status=1)["error"]["code"] == "output-exists"
+    assert export(store, tmp_path / "exported", status=1, alone=True)["error"]["code"] == "output-exists"
 
 
 def test_a_language_model_with_tied_weights(tmp_path: Path) -> None:
