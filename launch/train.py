@@ -23,6 +23,7 @@ from launch.feed import Feed, check_accumulation
 from launch.gathers import tell_of_gathers
 from launch.guard import Guard
 from launch.host import resident_bytes, take_share
+from launch.instructions import SLOW_BF16, USE_FP32, multiplies_bf16
 from launch.losses import MAX_SKIPPED, loss_terms, not_finite, weights_of_classes
 from launch.metrics import Asking, EarlyStop, Evaluation, Interrupted, check_held_out, evaluate
 from launch.model import build_model, load_tokenizer
@@ -54,6 +55,8 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     progress = Progress(files.progress(rank))
     progress.phase("start")
     share = take_share(plan.device, plan.allocator)
+    if rank == 0 and plan.device == "cpu" and plan.precision == "bf16" and not multiplies_bf16():
+        print(f"{SLOW_BF16}; {USE_FP32}", flush=True)
     baseline = resident_bytes() if plan.device == "cpu" else 0
     fix_numerics(spec.train, contract.origin.pinned, rank)
     accelerator = make_accelerator(plan, spec.train, spec.trackers, contract.tracker_dir)

@@ -89,6 +89,12 @@ class Slurm:
             assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
         return done.stdout
 
+    def resume(self, node: str) -> None:
+        """Bring back a node that was set down; one whose daemon has answered meanwhile has come back by itself."""
+        while "DOWN" in self.run("scontrol", "--oneliner", "show", "node", node).partition("State=")[2].split()[0]:
+            self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+            time.sleep(0.2)
+
     def start(self, name: str, *argv: str) -> None:
         """A daemon in the foreground, so that its process is ours to end."""
         path = f"{self.env.get('PATH', os.defpath)}:/usr/sbin:/sbin"

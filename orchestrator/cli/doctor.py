@@ -16,6 +16,7 @@ import psutil
 import typer
 from rich.table import Table
 
+from launch.instructions import SLOW_BF16, USE_FP32, multiplies_bf16
 from orchestrator.cli.output import Format, Output, out, print_json, size
 from orchestrator.settings import Settings
 
@@ -58,6 +59,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _compiler()
     yield _deepspeed_op()
     yield _gpus()
+    yield _cpu()
     yield _memory()
     yield from _disks(settings)
     yield _database(settings)
@@ -120,6 +122,12 @@ def _gpus() -> Finding:
         return Finding("gpus", "warn", "none: jobs run on the CPU", "on a GPU node check `nvidia-smi` and the driver")
     memory = f", {size(gpus[0].memory_bytes)} each" if gpus[0].memory_bytes else ""
     return Finding("gpus", "ok", f"{len(gpus)} × {gpus[0].type}{memory}")
+
+
+def _cpu() -> Finding:
+    if multiplies_bf16():
+        return Finding("cpu", "ok", "bf16 in hardware")
+    return Finding("cpu", "warn", SLOW_BF16, USE_FP32)
 
 
 def _memory() -> Finding:

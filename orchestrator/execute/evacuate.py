@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launch.attempt import AttemptFiles, write_atomically
 from launch.contract import StopRequest
-from orchestrator.execute.processes import of_any_run
+from orchestrator.execute.processes import carrying, of_any_run
 from orchestrator.settings import Settings
 
 QUIET_S = 2.0  # an attempt may have been on its way
@@ -22,11 +22,16 @@ LOOK_S = 0.1
 WHY = "the node goes away"
 
 
-def evacuate(home: Path, grace_s: float) -> bool:
-    """Whether no rank of the yard in `home` is on this node any more."""
+def evacuate(home: Path, grace_s: float, of: tuple[str, str] | None = None) -> bool:
+    """Whether no rank of the yard in `home` is on this node any more.
+
+    `of` is a variable, with its value, that all of the node's processes have in their environment, for where one host
+    has several nodes.
+    """
     deadline, seen_at = time.time() + grace_s, time.monotonic()
     while time.time() < deadline:
-        attempts = {folder for folder in map(attempt_dir, of_any_run()) if folder and folder.is_relative_to(home)}
+        pids = of_any_run() if of is None else [process.pid for process in carrying(*of)]
+        attempts = {folder for folder in map(attempt_dir, pids) if folder and folder.is_relative_to(home)}
         for folder in attempts:
             stop = AttemptFiles(folder).stop
             if not stop.exists():

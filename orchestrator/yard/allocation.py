@@ -25,6 +25,7 @@ from orchestrator.outside.slurm.commands import addresses, kill_wait
 from orchestrator.serve.secret import ensure_token
 from orchestrator.settings import Settings
 from orchestrator.yard.home import connect, down, end_controller, up
+from orchestrator.yard.joined import ENV_NODE as ENV_JOINED
 from orchestrator.yard.joined import Keeper, prepare
 from orchestrator.yard.record import (
     ENV_YARD,
@@ -188,7 +189,7 @@ class Task:
             while not self._told.wait(LOOK_S) and not self._over():
                 pass
             if self._told.is_set():
-                evacuate(self._settings.root, self._grace_s)
+                evacuate(self._settings.root, self._grace_s, (ENV_JOINED, node.id))
             keeper.end(signal.SIGINT)
 
         threading.Thread(target=watch, daemon=True).start()

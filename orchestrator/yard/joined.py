@@ -276,7 +276,7 @@ class Keeper:
             if any(node.name == name and node.mark is None for node in client.nodes()):
                 client.mark_node(name, "cordon", "it ends")
                 marked = True
-        if not evacuate(home, self._grace_s):
+        if not evacuate(home, self._grace_s, (ENV_NODE, self._record.id)):
             print(f"not all ranks had saved after {self._grace_s:.0f} s", flush=True)
         return marked
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 from launch.contract import ExitCode
+from orchestrator.execute.evacuate import evacuate
+from orchestrator.yard.joined import ENV_NODE
 from tests.integration.test_resume import Job, job
 from tests.worlds import write_bert, write_messages
 
@@ -22,6 +24,8 @@ def test_what_trains_on_a_node_that_goes_away_saves_and_ends(tmp_path: Path) -> 
     try:
         gang.wait_for('"train"')
         other.wait_for('"train"')
+        assert evacuate(tmp_path / "here", 60, (ENV_NODE, "another of this host")), "it has none"
+        assert not gang.files.stop.exists()
         done = subprocess.run(
             [sys.executable, "-m", "orchestrator.execute.evacuate", "--grace", "100"],
             env=os.environ | {"TUNEYARD_HOME": str(tmp_path / "here")}, check=False, capture_output=True, text=True,
