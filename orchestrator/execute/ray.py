@@ -214,7 +214,8 @@ class RayExecutor:
                     del asked[reference]
                     remove_placement_group(group)
                     failed[contract.run_id] = ExecutorError(
-                        f"{contract.run_id} was to start on a node that is lost by now ({', '.join(lost)})"
+                        f"{contract.run_id} was to start on a node that is lost by now ({', '.join(lost)})",
+                        hint="nothing to do: its job goes back to the queue, and starts elsewhere",
                     )
         for contract, group in asked.values():
             remove_placement_group(group)

@@ -16,6 +16,7 @@ from launch import __version__
 from launch.document import parse_document, read_document
 from launch.errors import SpecError
 from orchestrator.cli import wants_json
+from orchestrator.cli.doctor import examine
 from orchestrator.cli.init import Kind, template
 from orchestrator.cli.output import age, duration, size
 from orchestrator.cli.status import of_error, of_job
@@ -23,6 +24,7 @@ from orchestrator.errors import ConflictError, ExecutorError, NotFoundError, Sto
 from orchestrator.job.check import check_job
 from orchestrator.job.lifecycle import JobState
 from orchestrator.job.spec import job_schema, load_job
+from orchestrator.settings import Settings
 
 JOB_FILES = sorted((Path(__file__).parents[4] / "configs" / "jobs").glob("*.yaml"))
 PASSWORD = "pa55w0rd-of-the-database"
@@ -153,11 +155,19 @@ def test_the_schema_refuses_half_a_job(schema: jsonschema.Draft202012Validator) 
 def test_doctor_looks_at_everything(tuneyard: Callable[..., tuple[int, str, str]]) -> None:
     status, out, _ = tuneyard("doctor", "-o", "json")
     findings = {finding["check"]: finding for finding in json.loads(out)}
-    assert {"python", "torch", "compiler", "gpus", "memory", "disk", "database", "yard"} <= set(findings)
+    assert {"python", "torch", "compiler", "gpus", "cpu", "memory", "disk", "database", "yard"} <= set(findings)
     levels = {finding["level"] for finding in findings.values()}
     assert levels <= {"ok", "warn", "fail"}
     assert status == (1 if "fail" in levels else 0)
     assert all(finding["remedy"] for finding in findings.values() if finding["level"] != "ok")
+
+
+@pytest.mark.parametrize(("has", "level"), [(True, "ok"), (False, "warn")])
+def test_doctor_tells_of_a_cpu_on_which_bf16_is_slow(has: bool, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.cli.doctor.multiplies_bf16", lambda: has)
+    (found,) = (finding for finding in examine(Settings()) if finding.check == "cpu")
+    assert found.level == level
+    assert (found.remedy is not None and "fp32" in found.remedy) is not has
 
 
 def test_doctor_fails_for_what_does_not_work(
