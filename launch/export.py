@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from launch.checkpoint.base_weights import BaseWeights
 from launch.config import AdapterSpec, TrainSpec
 from launch.contract import ProgressLine
 from launch.engine import Engine
@@ -22,6 +23,7 @@ from launch.model import load_model, whole
 from launch.provenance import RECORD, RunRecord
 from launch.report import ClassReport
 from launch.samples import Sample
+from launch.vocabulary import whole_tables
 
 CARD_PACKAGES = ("tuneyard", "torch", "transformers", "accelerate", "deepspeed", "peft", "datasets")
 
@@ -60,6 +62,9 @@ def export(
     """
     weights = gathered_weights(engine, trained_only=spec.adapter is not None)
     if engine.accelerator.is_main_process:
+        if spec.model.vocabulary == "used":
+            unset_hf_deepspeed_config()  # as in `merged`: a base that is loaded whole is so on this rank alone
+            weights = whole_tables(engine.module, weights, BaseWeights(spec.model, engine.module))
         unfinished = output.with_name(f".{output.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)

@@ -21,6 +21,7 @@ from launch.header import columns_of
 from launch.model import load_tokenizer
 from launch.parts import split_parts
 from launch.tables import Columns, read_columns
+from launch.vocabulary import tokens_of
 
 UNLIMITED = 1 << 24  # tokens: rows are measured before they are cut
 
@@ -53,6 +54,10 @@ class Survey(BaseModel):
     repeated_rows: int
     """How many of them repeat an earlier one; data.deduplicate drops them."""
     max_length: int
+    vocabulary: int
+    """Tokens that the tokenizer knows."""
+    vocabulary_used: int
+    """How many of them the parts have: the rows that `model.vocabulary: used` trains."""
     warnings: tuple[str, ...]
 
 
@@ -93,6 +98,8 @@ def survey(spec: TrainSpec) -> Survey:
         rows_read=len(raw),
         repeated_rows=repeated,
         max_length=spec.data.max_length,
+        vocabulary=len(tokenizer),
+        vocabulary_used=len(tokens_of(corpus.parts().values(), tokenizer.pad_token_id)),
         warnings=tuple(_warnings(spec, told, repeated)),
     )
 

@@ -38,6 +38,7 @@ from launch.schedule import rate_at
 from launch.stop import StopWish
 from launch.tally import Heard, Step, Tally, Wishes, either
 from launch.tracking import start_trackers
+from launch.vocabulary import keep_used
 from launch.witness import agreed_fingerprint, begin_record, check_data
 
 
@@ -65,7 +66,9 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     progress.phase("load")
     tokenizer = load_tokenizer(spec.model, spec.data.chat_template)
     corpus = load_corpus(spec, tokenizer)
-    model = build_model(spec, corpus.labels, int(tokenizer.pad_token_id), checkpointing=plan.activation_checkpointing)
+    pad_token_id = int(tokenizer.pad_token_id)
+    model = build_model(spec, corpus.labels, pad_token_id, checkpointing=plan.activation_checkpointing)
+    keep_used(model, spec.model.vocabulary, corpus.parts().values(), pad_token_id)
     if plan.device == "cpu":
         drop_cheaply(model)
     weights = weights_of_classes(spec.train.class_weights, corpus.train, corpus.labels)
@@ -78,7 +81,6 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     fingerprint = agreed_fingerprint(engine, corpus.train)
     check_data(contract, corpus)
     saving = Saving(contract, engine, tokenizer, progress)
-    pad_token_id = int(tokenizer.pad_token_id)
     seen = SampleLog(files.samples(rank)) if spec.train.log_samples else None
     loop = Loop(
         contract, spec, engine, objective, corpus, fingerprint, pad_token_id, progress, stop, saving, found, seen

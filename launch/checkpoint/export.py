@@ -31,6 +31,7 @@ from launch.config import TrainSpec
 from launch.errors import SpecError, TuneyardError
 from launch.host import return_memory
 from launch.model import AUTO_CLASSES
+from launch.vocabulary import ROWS, completed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD = 5_000_000_000
@@ -144,7 +145,10 @@ class Source:
 
     def tensor(self, name: str) -> torch.Tensor:
         found = self.trained(name)
-        return found if found is not None else self.base(name)
+        if found is None:
+            return self.base(name)
+        rows = self.trained(f"{name.rpartition('.')[0]}.{ROWS}")
+        return found if rows is None else completed(self.base(name), rows, found)
 
 
 def empty_model(spec: TrainSpec, assets: Mapping[str, bytes]) -> PreTrainedModel:

@@ -63,5 +63,6 @@ def _show(told: dict[str, Any]) -> None:
             name, str(part["rows"]), lengths, f"{part['truncated_share']:.1%}", str(part["also_in_train"]), classes
         )
     out.print(table)
+    out.print(f"{told['vocabulary_used']} of the {told['vocabulary']} tokens of the vocabulary occur")
     for warning in told["warnings"]:
         out.print(f"[yellow]warn[/yellow]  {warning}")

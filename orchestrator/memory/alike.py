@@ -47,12 +47,14 @@ def key_of(job: AnyJob) -> str | None:
         return None
     shape = {"type", "r", "use_dora", "target_modules", "modules_to_save"}
     adapter = job.adapter.model_dump(mode="json", include=shape) if job.adapter is not None else None
-    parts = {
+    parts: dict[str, object] = {
         "model": job.model.model_dump(mode="json", include={"name_or_path", "revision", "task", "attn_implementation"}),
         "adapter": adapter,
         "data": job.data.model_dump(mode="json", include={"max_length", "packing"}),
         "train": job.train.model_dump(mode="json", include={"optimizer", "precision", "freeze"}),
     }
+    if job.model.vocabulary != "whole":  # keys of other jobs stay what they were
+        parts["vocabulary"] = job.model.vocabulary
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -15,7 +15,8 @@ class Sizing(Record):
     """A job's model as planning sees it: made where the model's files are, by whoever submits the job."""
 
     family: str
-    """The model's architecture, as its configuration names it: margins are learned by it."""
+    """The model's architecture, as its configuration names it, and whether a part of its vocabulary alone is trained,
+    which is reckoned as if all were: margins are learned by it."""
     work: Work
     cpu: Footprint
     cuda: Footprint
@@ -32,6 +33,5 @@ def sizing_of(job: TrainingJob, shape: ModelShape) -> Sizing:
     """By formulas, in milliseconds."""
     spec: TrainSpec = job
     on_cpu = footprint(shape, spec, "cpu")
-    return Sizing(
-        family=shape.model_type, work=work_of(shape, spec, on_cpu), cpu=on_cpu, cuda=footprint(shape, spec, "cuda")
-    )
+    family = shape.model_type if spec.model.vocabulary == "whole" else f"{shape.model_type}, used vocabulary"
+    return Sizing(family=family, work=work_of(shape, spec, on_cpu), cpu=on_cpu, cuda=footprint(shape, spec, "cuda"))

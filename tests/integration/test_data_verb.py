@@ -57,6 +57,7 @@ def test_sizes_repeats_leakage_and_cuts(
     assert train["truncated_share"] == pytest.approx(1 / len(ROWS))
     assert train["tokens_max"] == 52  # and [CLS], [SEP]
     assert (test["rows"], test["also_in_train"]) == (2, 1)
+    assert 10 < told["vocabulary_used"] < told["vocabulary"]
     warnings = " ".join(told["warnings"])
     for word in ("repeat", "training part", "fewer than 10", "f1_macro"):
         assert word in warnings
@@ -66,6 +67,7 @@ def test_a_person_sees_a_table(job: Path, monkeypatch: pytest.MonkeyPatch, capsy
     status, out, _ = run(monkeypatch, capsys, "data", str(job), "--set", "data.deduplicate=true")
     assert status == 0
     assert f"{len(ROWS)} rows read, 1 of them repeats" in out
+    assert "tokens of the vocabulary occur" in out
     assert "set data.deduplicate" not in out
 
 

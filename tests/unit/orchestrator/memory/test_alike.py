@@ -40,6 +40,7 @@ def test_what_decides_on_memory_makes_jobs_alike() -> None:
         {"data": {"train": "train.csv", "max_length": 64}},
         {"adapter": {"type": "lora", "r": 4}},
         {"model": {"name_or_path": "org/other", "task": "sequence-classification"}},
+        {"model": {**JOB.model.model_dump(mode="json"), "vocabulary": "used"}},
     ):
         assert key_of(a_training_job(2, **{"train": TRAIN, **keys})) != key_of(JOB)
     assert key_of(a_command_job()) is None

@@ -209,6 +209,15 @@ def a_peak(ratio: float, family: str = "bert", engine: str = "single", **changes
     return Peak.model_validate(values | changes)
 
 
+def test_a_part_of_a_vocabulary_is_a_family_of_its_own() -> None:
+    """It is reckoned with as a whole one, so that it teaches nothing of those."""
+    job = a_job(2)
+    part = job.model_copy(update={"model": job.model.model_copy(update={"vocabulary": "used"})})
+    told = found(part, a_node(memory_gib=200))
+    assert told is not None
+    assert Forecast.model_validate(told.options[0].predicted).family == "bert, used vocabulary"
+
+
 def test_factors_are_learned_by_family_engine_and_allocator() -> None:
     peaks = [a_peak(0.1 * number) for number in range(9)]
     peaks += [a_peak(0.5, engine="ddp") for _ in range(9)] + [a_peak(2.0, "llama") for _ in range(9)]
