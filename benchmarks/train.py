@@ -4,9 +4,10 @@
 
 Same model, rows, split, steps, batch of 16, learning rate, seed and cores for all; each in a process of its own. The
 textbook loop pads every row to 128 tokens, in fp32, with AdamW as it comes; the Trainer runs with its defaults (pads
-to the longest row of a batch, fp32) and with bf16. Samples/s are over the training loop alone, from the end of the
-first step to the end of the last; macro-F1 is over the same test rows. Then, at a global batch of 64, two processes
-(DDP, ZeRO-2) beside one process that uses both cores. Last, a LoRA adapter beside TRL (benchmarks/train_trl.py).
+to the longest row of a batch, fp32) and with bf16; Tuneyard trains the part of the vocabulary that the data use.
+Samples/s are over the training loop alone, from the end of the first step to the end of the last; macro-F1 is over the
+same test rows. Then, at a global batch of 64, two processes (DDP, ZeRO-2) beside one process that uses both cores.
+Last, a LoRA adapter beside TRL (benchmarks/train_trl.py).
 
 A shared machine slows any run for some seconds at a time. So all of them run `--repeats` times, in turn, each repeat
 the same steps on the same rows, and a step takes what it took in its fastest repeat: the same rule for everybody.
@@ -47,6 +48,7 @@ def overrides(steps: int, precision: str) -> list[str]:
     return [
         "strategy=single", f"train.precision={precision}", f"train.max_steps={steps}", "train.eval_every=null",
         f"train.global_batch_size={BATCH}", f"train.micro_batch_size={BATCH}", f"data.max_length={PADDED}",
+        "model.vocabulary=used",
     ]  # fmt: skip
 
 
@@ -143,7 +145,7 @@ def main() -> None:
     runs: dict[str, list[Run]] = {}
     at_64 = [
         "train.precision=fp32", f"train.max_steps={options.scaling_steps}", "train.eval_every=null",
-        "train.global_batch_size=64",
+        "train.global_batch_size=64", "model.vocabulary=used",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
