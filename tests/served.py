@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import uvicorn
+from fastapi.testclient import TestClient
 
 from launch.attempt import ENV_RUN_ID
 from orchestrator.client import Client
@@ -22,6 +24,28 @@ from orchestrator.store.store import Store
 TOKEN = "a-token-of-the-tests"
 SLOTS = 4
 START_S = 60.0
+AUTH = {"Authorization": f"Bearer {TOKEN}"}
+JSON = {"Content-Type": "application/json"}
+JOB = {"name": "job", "run": ["true"]}
+TRAINING = {
+    "name": "train",
+    "model": {"name_or_path": "org/model", "task": "sequence-classification"},
+    "data": {"train": ["a.csv"]},
+    "train": {"max_steps": 1},
+}
+
+
+def submit(http: TestClient, **keys: Any) -> Any:
+    return http.post("/v1/jobs", json={"job": JOB | keys})
+
+
+def typed(answer: Any, status: int, code: str, field: str | None = None) -> dict[str, Any]:
+    """The error of an answer, once it is of the right kind."""
+    assert answer.status_code == status, answer.text
+    error: dict[str, Any] = answer.json()["error"]
+    assert (error["code"], error["field"]) == (code, field), error
+    assert error["message"]
+    return error
 
 
 @contextmanager

@@ -5,48 +5,17 @@ from __future__ import annotations
 import hmac
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from fastapi.testclient import TestClient
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from launch.contract import AttemptFiles
 from orchestrator.control.loop import Controller
 from orchestrator.errors import ExecutorError
-from orchestrator.execute.local import log_path
-from orchestrator.job.lifecycle import JobState
 from orchestrator.serve import api
-from tests.served import SLOTS, TOKEN, a_controller, finish
-
-AUTH = {"Authorization": f"Bearer {TOKEN}"}
-JSON = {"Content-Type": "application/json"}
-JOB = {"name": "job", "run": ["true"]}
-TRAINING = {
-    "name": "train",
-    "model": {"name_or_path": "org/model", "task": "sequence-classification"},
-    "data": {"train": ["a.csv"]},
-    "train": {"max_steps": 1},
-}
-SAY = "import os, sys; print('héllo from', os.environ['RANK'], flush=True); print('x' * 5000)"
-
-
-def submit(http: TestClient, **keys: Any) -> Any:
-    return http.post("/v1/jobs", json={"job": JOB | keys})
-
-
-def typed(answer: Any, status: int, code: str, field: str | None = None) -> dict[str, Any]:
-    """The error of an answer, once it is of the right kind."""
-    assert answer.status_code == status, answer.text
-    error: dict[str, Any] = answer.json()["error"]
-    assert (error["code"], error["field"]) == (code, field), error
-    assert error["message"]
-    return error
-
+from tests.served import JOB, JSON, SLOTS, TOKEN, TRAINING, submit, typed
 
 ROUTES = [
     (method.upper(), path.replace("{job_id}", "job-1").replace("{name}", "name"))
@@ -320,57 +289,6 @@ def test_a_job_waits_for_those_it_comes_after(http: TestClient, controller: Cont
     assert len(controller.store.jobs()) == 2
 
 
-def elements(count: int, **keys: Any) -> list[dict[str, Any]]:
-    """Of an array, as `tuneyard submit` sends them."""
-    of = [{"id": "job-x", "index": index, "at_once": 2} for index in range(count)]
-    return [{"job": JOB | {"name": f"job-{place['index']}", "array_of": place} | keys} for place in of]
-
-
-def test_an_array_is_stored_whole(http: TestClient, controller: Controller) -> None:
-    submit(http)
-    answer = http.post("/v1/arrays", json={"elements": elements(3), "git": {"commit": "0" * 40, "dirty": False}})
-    assert answer.status_code == 201
-    views = answer.json()
-    assert [view["name"] for view in views] == ["job-0", "job-1", "job-2"]
-    assert {view["array_id"] for view in views} == {"job-x"}
-    assert controller.wake.is_set()
-    assert http.get("/v1/jobs?array=job-x").json() == views
-    row = controller.store.job(views[1]["id"])
-    assert (row.array_at_once, row.origin and row.origin.git and row.origin.git.commit) == (2, "0" * 40)
-    assert len(http.get("/v1/jobs").json()) == 4
-
-
-TWICE = [elements(2)[0], elements(2)[0]]
-ARRAYS: list[tuple[Any, int, str, str | None]] = [
-    ({}, 400, "bad-request", "elements"),
-    ({"elements": []}, 400, "bad-request", "elements"),
-    ({"elements": [{}]}, 400, "bad-request", "elements.job"),
-    ({"elements": elements(1) * 1001}, 400, "bad-request", "elements"),
-    ({"elements": [{"job": JOB}]}, 422, "inconsistent", "elements"),
-    ({"elements": TWICE}, 422, "inconsistent", "elements"),
-    ({"elements": elements(2)[::-1]}, 422, "inconsistent", "elements"),
-    ({"elements": elements(2, array=2)}, 422, "is-array", "array"),
-    ({"elements": elements(2, array_of={"id": "A", "index": 0})}, 422, "bad-name", "array_of.id"),
-    ({"elements": elements(2, array_of={"id": "a", "index": -1})}, 422, "out-of-range", "array_of.index"),
-    ({"elements": elements(2, resources={"num_processes": 64})}, 422, "impossible-gang", "resources.num_processes"),
-    ({"elements": elements(2, after=["none-such"])}, 404, "not-found", "after"),
-    ({"elements": [*elements(1), *elements(2, colour="red")[1:]]}, 422, "unknown-key", "colour"),
-]
-
-
-@pytest.mark.parametrize(("body", "status", "code", "field"), ARRAYS, ids=[str(body[0])[:60] for body in ARRAYS])
-def test_of_a_bad_array_nothing_is_stored(
-    http: TestClient, controller: Controller, body: Any, status: int, code: str, field: str | None
-) -> None:
-    assert typed(http.post("/v1/arrays", json=body), status, code, field)["hint"]
-    assert controller.store.jobs() == []
-
-
-def test_an_array_may_be_larger_than_a_job_and_has_a_bound(http: TestClient) -> None:
-    assert http.post("/v1/arrays", json={"elements": elements(3, env={"A": "x" * 500_000})}).status_code == 201
-    typed(http.post("/v1/arrays", content=b" " * (api.MAX_ARRAY + 1)), 413, "too-large")
-
-
 def test_a_dry_run_stores_nothing_and_says_where_and_how(http: TestClient, controller: Controller) -> None:
     answer = http.post("/v1/jobs:dry-run", json={"job": TRAINING | {"resources": {"num_processes": "2..8"}}})
     assert answer.status_code == 200
@@ -421,164 +339,3 @@ def test_a_database_that_is_away_is_no_500(http: TestClient, controller: Control
         (tmp_path / "yard.db").rmdir()
         (tmp_path / "away.db").rename(tmp_path / "yard.db")
     assert http.get("/v1/jobs").json() == []
-
-
-# What a real attempt left behind.
-
-
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Controller, TestClient, str]]:
-    """A job of two ranks that has run to its end."""
-    with (
-        a_controller(tmp_path_factory.mktemp("yard")) as controller,
-        TestClient(api.create_app(controller, TOKEN), headers=AUTH, raise_server_exceptions=False) as client,
-    ):
-        keys = {"run": [sys.executable, "-c", SAY], "resources": {"num_processes": 2}}
-        job = submit(client, **keys).json()["id"]
-        finish(controller, job)
-        yield controller, client, job
-
-
-def test_the_job_succeeded(ended: tuple[Controller, TestClient, str]) -> None:
-    controller, http, job = ended
-    assert controller.store.job(job).state == JobState.SUCCEEDED
-    view = http.get(f"/v1/jobs/{job}").json()
-    assert (view["attempts"], view["plan"]["world_size"]) == (1, 2)
-    typed(http.post(f"/v1/jobs/{job}/cancel"), 409, "conflict")
-    (attempt,) = http.get(f"/v1/jobs/{job}/attempts").json()
-    assert (attempt["state"], attempt["outcome"]) == ("ended", "succeeded")
-    assert "accelerate-0.yaml" in attempt["launch"]
-
-
-@pytest.mark.parametrize("limit", [1, 7, 1000, api.MAX_LOG])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_log_is_paged_without_loss(ended: tuple[Controller, TestClient, str], rank: int, limit: int) -> None:
-    controller, http, job = ended
-    (attempt,) = controller.store.attempts(job)
-    whole = log_path(attempt.run, rank).read_bytes()
-    assert f"héllo from {rank}\n".encode() in whole
-    told, offset = b"", 0 if limit > 100 else len(whole) - 50  # one byte at a time: the end of it
-    start = offset
-    while True:
-        answer = http.get(f"/v1/jobs/{job}/logs", params={"rank": rank, "offset": offset, "limit": limit})
-        assert answer.status_code == 200
-        assert len(answer.content) <= limit
-        assert int(answer.headers["X-Next-Offset"]) == offset + len(answer.content)
-        if not answer.content:
-            break
-        told += answer.content
-        offset += len(answer.content)
-    assert told == whole[start:]
-
-
-def test_a_log_of_what_does_not_exist(ended: tuple[Controller, TestClient, str]) -> None:
-    _, http, job = ended
-    error = typed(http.get(f"/v1/jobs/{job}/logs", params={"rank": 2}), 404, "not-found", "rank")
-    assert "ranks 0 to 1" in error["message"]
-    typed(http.get(f"/v1/jobs/{job}/logs", params={"attempt": 2}), 404, "not-found", "attempt")
-    assert http.get(f"/v1/jobs/{job}/logs", params={"rank": 0, "offset": 1 << 40}).content == b""
-
-
-def test_events_go_on_after_an_id(ended: tuple[Controller, TestClient, str]) -> None:
-    _, http, job = ended
-    events = http.get(f"/v1/jobs/{job}/events").json()
-    ids = [event["id"] for event in events]
-    assert ids == sorted(ids)
-    assert events[0]["kind"] == "submitted"
-    assert events[-1]["kind"] == "job-succeeded"
-    for index, event in enumerate(events):
-        later = http.get(f"/v1/jobs/{job}/events", params={"after": event["id"]}).json()
-        assert later == events[index + 1 :]
-    assert http.get(f"/v1/jobs/{job}/events", params={"limit": 2}).json() == events[:2]
-
-
-def test_a_deleted_run_directory_is_an_empty_log(ended: tuple[Controller, TestClient, str], tmp_path: Path) -> None:
-    controller, http, job = ended
-    (attempt,) = controller.store.attempts(job)
-    folder = AttemptFiles(attempt.run.run_dir).run_dir
-    folder.rename(tmp_path / "moved")
-    try:
-        assert http.get(f"/v1/jobs/{job}/logs", params={"rank": 0}).content == b""
-    finally:
-        (tmp_path / "moved").rename(folder)
-
-
-# Whatever is sent, the answer is typed, and what was refused is not stored.
-
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-values = st.recursive(
-    scalars,
-    lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=10), inside, max_size=3),
-    max_leaves=8,
-)
-KEYS = [
-    "name", "run", "env", "queue", "priority", "resources", "retry", "max_duration", "strategy", "working_dir",
-    "checkpoint", "model", "data", "train", "adapter", "offload", "trackers", "output_dir", "extra", "after", "array",
-    "array_at_once", "array_of",
-]  # fmt: skip
-SECTIONS = {
-    "resources": ["num_processes", "accelerator"], "retry": ["max_restarts"], "checkpoint": ["every_steps"],
-    "model": ["name_or_path", "task", "dropout"], "data": ["train", "split", "max_length", "test"],
-    "train": ["max_steps", "epochs", "learning_rate", "global_batch_size", "early_stopping", "seed"],
-    "adapter": ["r", "target_modules"], "env": ["A", "HF_TOKEN", "TUNEYARD_X"], "array_of": ["id", "index", "at_once"],
-}  # fmt: skip
-sensible = st.sampled_from(
-    ["job", "true", "2..4", "1..99", "2h", "high", "auto", "zero2", "a.csv", 1, 2, 64, 0.1, ["true"]]
-)
-
-
-@st.composite
-def jobs(draw: st.DrawFn) -> dict[str, Any]:
-    """A good job with some of its keys put right, wrong, or out."""
-    job: dict[str, Any] = dict(draw(st.sampled_from([JOB, TRAINING, {}])))
-    for key in draw(st.lists(st.sampled_from(KEYS), max_size=4)):
-        if key in SECTIONS and draw(st.booleans()):
-            inside = dict(job[key]) if isinstance(job.get(key), dict) else {}
-            inside[draw(st.sampled_from(SECTIONS[key]))] = draw(sensible | values)
-            job[key] = inside
-        elif draw(st.booleans()):
-            job[key] = draw(sensible | values)
-        else:
-            job.pop(key, None)
-    return job
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Controller, TestClient]]:
-    with (
-        a_controller(tmp_path_factory.mktemp("fuzzed")) as controller,
-        TestClient(api.create_app(controller, TOKEN), headers=AUTH) as client,
-    ):
-        yield controller, client
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(job=jobs())
-def test_no_job_body_is_a_500(target: tuple[Controller, TestClient], job: dict[str, Any]) -> None:
-    controller, http = target
-    before = len(controller.store.jobs(limit=10_000))
-    body = json.dumps({"job": job})
-    dry = http.post("/v1/jobs:dry-run", content=body, headers=JSON)
-    answer = http.post("/v1/jobs", content=body, headers=JSON)
-    stored = len(controller.store.jobs(limit=10_000)) - before
-    assert (answer.status_code, stored) in ((201, 1), (422, 0), (404, 0)), answer.text  # 404: comes after no job
-    assert (dry.status_code == 200) == (answer.status_code == 201)
-    if stored:
-        view = http.get(f"/v1/jobs/{answer.json()['id']}")
-        assert view.status_code == 200
-    else:
-        for error in answer.json()["errors"]:
-            assert error["code"]
-            assert error["message"]
-            assert error["hint"]
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(body=st.binary(max_size=200) | values.map(lambda value: json.dumps(value).encode()))
-def test_no_body_at_all_is_a_500(target: tuple[Controller, TestClient], body: bytes) -> None:
-    controller, http = target
-    before = len(controller.store.jobs(limit=10_000))
-    answer = http.post("/v1/jobs", content=body, headers=JSON)
-    assert answer.status_code in (400, 422)
-    assert answer.json()["error"]["code"]
-    assert len(controller.store.jobs(limit=10_000)) == before

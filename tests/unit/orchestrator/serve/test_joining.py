@@ -10,9 +10,7 @@ from fastapi.testclient import TestClient
 from orchestrator.control.loop import Controller
 from orchestrator.serve import api
 from orchestrator.serve.surroundings import is_loopback, versions
-from tests.served import TOKEN
-
-AUTH = {"Authorization": f"Bearer {TOKEN}"}
+from tests.served import AUTH, TOKEN
 
 
 def joining(controller: Controller, head: str | None, asker: str = "10.0.0.2") -> tuple[int, dict[str, object]]:
