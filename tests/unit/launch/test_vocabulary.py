@@ -7,7 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AlbertConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    GPT2Config,
+    LlamaConfig,
+    ModernBertConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 from launch.data import Rows
 from launch.errors import SpecError
@@ -46,6 +59,35 @@ def test_the_same_values_and_gradients_as_the_whole_table(tmp_path: Path) -> Non
     assert int((restored == 9).all(dim=1).sum()) == len(restored) - 5
     with pytest.raises(IndexError):
         table(torch.tensor([11]))
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 40}
+FAMILIES: list[PreTrainedConfig] = [
+    RobertaConfig(**SMALL, pad_token_id=1, max_position_embeddings=12),
+    XLMRobertaConfig(**SMALL, pad_token_id=1, max_position_embeddings=12),
+    ElectraConfig(**SMALL, embedding_size=8, pad_token_id=0),
+    AlbertConfig(**SMALL, embedding_size=8, pad_token_id=0),
+    DebertaV2Config(**SMALL, pad_token_id=0, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    ModernBertConfig(**SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2),
+    DistilBertConfig(vocab_size=40, dim=16, n_layers=1, n_heads=2, hidden_dim=16, pad_token_id=0),
+    GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=12, pad_token_id=0),
+    LlamaConfig(**SMALL, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+]
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.model_type)
+def test_every_family_says_the_same(config: PreTrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    pad = config.pad_token_id
+    ids = torch.tensor([[3, 9, 37, 4], [3, 5, 4, pad]])
+    mask = (ids != pad).long()
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        keep_used(model, "used", [rows_of(3, 9, 37, 5, 4)], pad)
+        assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
+    assert sum(isinstance(part, UsedRows) for part in model.modules()) == 1
+    assert model.config.vocab_size == 40
 
 
 def test_a_frozen_table_stays_frozen(tmp_path: Path) -> None:
