@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import threading
 import time
@@ -24,7 +25,8 @@ from orchestrator.errors import StoreError, TuneyardError
 AWAY_S = 6.0
 """For how long the database is away."""
 RUN_S, REST_S = 0.05, 0.12
-"""A rank that is made slow is let run and stopped in turn."""
+"""A rank that is made slow is let run and stopped in turn, in the mean for so long. With a fixed beat, a step of as
+much work as fits between two stops would have each of them in the same part, perhaps one that tells nothing."""
 MIB = 1 << 20
 QUIET = ("checkpoint-", "slow-rank", "job-running", "attempt-running", "attempt-placed")
 """Kinds of events that come without a fault, too."""
@@ -166,15 +168,15 @@ def rank_slow(world: World) -> Struck:
     rank = world.draw.randrange(victim.attempt.plan.world_size)
     before, process = world.last_event(victim.job), victim.process(rank)
     struck = strike(world, "rank-slow", victim, what=f"rank {rank}")
-    over = threading.Event()
+    over, draw = threading.Event(), random.Random(world.draw.random())
 
     def brake() -> None:
         with contextlib.suppress(psutil.Error):
             while not over.is_set():
                 process.send_signal(signal.SIGSTOP)
-                time.sleep(REST_S)
+                time.sleep(draw.uniform(0.5, 1.5) * REST_S)
                 process.send_signal(signal.SIGCONT)
-                time.sleep(RUN_S)
+                time.sleep(draw.uniform(0.5, 1.5) * RUN_S)
 
     def named() -> float | None:
         told = world.events(victim.job, before)
