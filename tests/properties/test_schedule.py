@@ -15,7 +15,7 @@ from orchestrator.schedule.explain import NOT_FOR_ROOM
 from orchestrator.schedule.gang import Decisions, Gang, Held, Queue, Rules, Start, Stop, Why
 from orchestrator.schedule.history import History, Ran
 from orchestrator.schedule.preempt import sizes
-from orchestrator.schedule.yard import Yard
+from orchestrator.schedule.yard import MOMENT_S, Yard
 from tests.builders import a_gang, a_node
 from tests.scheduled import (
     EVICTED,
@@ -515,8 +515,9 @@ def test_until_next_at_nothing_is_to_be_done(yard: Yard, parts: list[float]) -> 
         if decisions.starts or decisions.stops:
             return
         until = decisions.next_at if decisions.next_at is not None else now + 1e5
-        for part in sorted(parts):
-            between = decide(yard.copy(), now + part * (until - now))
+        # It is told a moment late, so as not to be too early by a rounding error.
+        for at in sorted(min(now + part * (until - now), until - 2 * MOMENT_S) for part in parts):
+            between = decide(yard.copy(), max(now, at))
             assert (between.starts, between.stops) == ((), ())
         if decisions.next_at is None:
             return
