@@ -9,6 +9,7 @@ rows as they are in the base model. (Trained whole, weight decay would shrink th
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -58,7 +59,7 @@ def keep_used(model: PreTrainedModel, asked: Vocabulary, parts: Iterable[Rows], 
     ranks call it.
 
     Raises:
-        SpecError: its embeddings are not one plain table that nothing else uses.
+        SpecError: its embeddings are not one plain table that nothing else uses, or the data have tokens beyond it.
     """
     if asked == "whole":
         return
@@ -70,6 +71,8 @@ def keep_used(model: PreTrainedModel, asked: Vocabulary, parts: Iterable[Rows], 
     if len(users) > 1 or model.get_output_embeddings() is not None:
         raise _unfit(model, "its word embeddings are used in more than one place")
     tokens = torch.from_numpy(tokens_of(parts, pad_token_id, table.padding_idx))
+    if int(tokens[-1]) >= table.num_embeddings:
+        raise _unfit(model, f"the data have the token {int(tokens[-1])}, and it has {table.num_embeddings} embeddings")
     places = torch.full((table.num_embeddings,), len(tokens))
     places[tokens] = torch.arange(len(tokens))
     padding = None if table.padding_idx is None else int(places[table.padding_idx])
@@ -80,6 +83,12 @@ def keep_used(model: PreTrainedModel, asked: Vocabulary, parts: Iterable[Rows], 
         used = UsedRows(kept, tokens.to(device), places.to(device), padding)
     used.weight.requires_grad_(weight.requires_grad)
     model.set_input_embeddings(used)
+
+
+def mark_of(model: nn.Module) -> str:
+    """What tells the tokens of `model`'s used rows from others; empty where it has whole tables."""
+    tokens = [part.rows.cpu().numpy().tobytes() for part in model.modules() if isinstance(part, UsedRows)]
+    return "".join(f"-{hashlib.sha256(one).hexdigest()[:16]}" for one in tokens)
 
 
 def whole_tables(model: nn.Module, weights: Mapping[str, torch.Tensor], base: Any) -> dict[str, torch.Tensor]:

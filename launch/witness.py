@@ -14,6 +14,7 @@ from launch.data import Corpus, Rows
 from launch.engine import Engine
 from launch.errors import DataError
 from launch.provenance import BaseWeights, NodeUse, RunRecord, base_files, surroundings
+from launch.vocabulary import mark_of
 
 PARTS = ("train", "validation", "test")
 
@@ -116,12 +117,13 @@ def gathered(engine: Engine, mine: tuple[int, str | None]) -> list[tuple[int, st
 
 
 def agreed_fingerprint(engine: Engine, rows: Rows) -> str:
-    """The training data's fingerprint, once all ranks have been seen to have the same.
+    """The training data's fingerprint, once all ranks have been seen to have the same. Where a part of the vocabulary
+    is trained, it is of that, too: with other held-out data the same weights are of other tokens.
 
     Raises:
         DataError: a rank read something else, for example another copy of a file on its node.
     """
-    fingerprint = rows.fingerprint()
+    fingerprint = rows.fingerprint() + mark_of(engine.module)
     if engine.accelerator.num_processes > 1:
         everyones: list[str | None] = [None] * engine.accelerator.num_processes
         torch.distributed.all_gather_object(everyones, fingerprint)

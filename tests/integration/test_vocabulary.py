@@ -73,6 +73,21 @@ def test_moved_from_engine_to_engine(world: Path, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], exported[name]) for name in found)
 
 
+def test_other_held_out_data_are_no_other_tokens_for_the_same_rows(world: Path, tmp_path: Path) -> None:
+    """As many tokens as before, one of them another: what was saved would be taken for that one's."""
+    held_out = tmp_path / "test.tsv"
+    held_out.write_text("text\tlabel\nb\tham\n")
+    spec = job(world, "used")
+    data = spec.data.model_copy(update={"split": None, "test": (str(held_out),)})
+    used = Job(spec.model_copy(update={"data": data}), tmp_path / "used")
+    used.run("single", 1, stop_at=2)
+    held_out.write_text("text\tlabel\nc\tham\n")
+    launched = used.begin("single", 1)
+    error = launched.wait()[0].error
+    assert error is not None, launched.logs()
+    assert error.code == "data-changed"
+
+
 def test_in_half_precision(world: Path, tmp_path: Path) -> None:
     """ZeRO-3 casts what it shards as it is made."""
     used = Job(job(world, "used", "bf16", steps=3), tmp_path)

@@ -103,6 +103,13 @@ def test_asked_for_the_whole_table_nothing_changes(tmp_path: Path) -> None:
     assert not isinstance(model.get_input_embeddings(), UsedRows)
 
 
+def test_a_token_beyond_the_table_is_refused(tmp_path: Path) -> None:
+    """Of a tokenizer that was given tokens which the model was not."""
+    model = AutoModelForSequenceClassification.from_pretrained(write_bert(tmp_path / "bert"))
+    with pytest.raises(SpecError, match="the data have the token 99"):
+        keep_used(model, "used", [rows_of(4, 99)], 0)
+
+
 def test_tables_that_are_more_than_a_table_are_refused(tmp_path: Path) -> None:
     bert = AutoModelForSequenceClassification.from_pretrained(write_bert(tmp_path / "bert"))
     bert.get_input_embeddings().max_norm = 1.0
