@@ -70,7 +70,7 @@ def plain(job_file: Path, processes: int) -> Callable[[int], float]:
     assert isinstance(job, TrainingJob)
     chosen = plan(job, processes, "cpu")
     share = NodeShare(
-        node="n", address="127.0.0.1", processes=processes, threads=max(1, (os.cpu_count() or 1) // processes)
+        node="n", address="127.0.0.1", processes=processes, threads=max(1, len(os.sched_getaffinity(0)) // processes)
     )
     # With the programs of this environment, and without what the caller's shell set for Tuneyard.
     env = {key: value for key, value in os.environ.items() if not key.startswith("TUNEYARD_")}

@@ -38,7 +38,8 @@ SHARDED = [
 
 def footprint_of(case: Case, folder: Path, *, planned: bool = False) -> Footprint:
     """What `launch.footprint` says of the case's job file."""
-    command = [sys.executable, "-m", "launch.footprint", "--config", str(write_job(case, folder, planned=planned))]
+    job = write_job(case, folder, planned=planned)
+    command = [sys.executable, "-m", "launch.footprint", "--config", str(job), "--device", case.device]
     told = subprocess.run(command, capture_output=True, text=True, check=False)
     if told.returncode:
         raise RuntimeError(told.stderr)

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import yaml
 
 from launch.config import Precision, load_train_spec
-from launch.contract import ExecutionPlan, ExitCode, RankResult
+from launch.contract import Device, ExecutionPlan, ExitCode, RankResult
 from launch.document import read_document
-from tests.worlds import a_contract, start
+from tests.worlds import Launched, a_contract, start
 
 Shape = Literal["bert", "gpt2", "llama"]
 STEPS = 6
@@ -40,6 +40,7 @@ class Case:
     dropout: float = 0.0
     hidden: int = 512
     layers: int = 8
+    device: Device = "cpu"
 
     @property
     def model(self) -> str:
@@ -47,7 +48,8 @@ class Case:
 
     @property
     def world_size(self) -> int:
-        return 1 if self.engine == "single" else 2
+        """Two, on a CPU; there may be one GPU alone."""
+        return 1 if self.engine == "single" or self.device == "cuda" else 2
 
     @property
     def name(self) -> str:
@@ -161,19 +163,28 @@ def write_job(case: Case, folder: Path, *, planned: bool = False) -> Path:
 
 def plan_of(case: Case) -> ExecutionPlan:
     return ExecutionPlan(
-        engine=case.engine, world_size=case.world_size, device="cpu", micro_batch_size=case.rows,
+        engine=case.engine, world_size=case.world_size, device=case.device, micro_batch_size=case.rows,
         gradient_accumulation_steps=case.accumulation, precision=case.precision, offload=case.offload,
         activation_checkpointing=case.checkpointing, loss=case.loss, allocator=case.allocator,
     )  # fmt: skip
 
 
-def measured(case: Case, folder: Path) -> list[RankResult]:
-    """What each rank of a training in fresh processes reports of itself."""
+def begun(case: Case, folder: Path) -> Launched:
+    """A training in fresh processes."""
     job = write_job(case, folder)
     run_dir = folder / f"run-{job.stem}"
-    launched = start(a_contract(run_dir, plan_of(case), load_train_spec(read_document(job))), cold=True)
+    return start(a_contract(run_dir, plan_of(case), load_train_spec(read_document(job))), cold=True)
+
+
+def results(case: Case, launched: Launched) -> list[RankResult]:
+    """What each rank reports of itself, once all have ended."""
     ends = launched.wait(300)
-    results = [ends[rank].result for rank in sorted(ends) if ends[rank].code == ExitCode.DONE]
-    if len(results) != case.world_size:
+    found = [ends[rank].result for rank in sorted(ends) if ends[rank].code == ExitCode.DONE]
+    if len(found) != case.world_size:
         raise RuntimeError(f"{case.name} failed\n{launched.logs()}")
-    return [result for result in results if result is not None]
+    return [result for result in found if result is not None]
+
+
+def measured(case: Case, folder: Path) -> list[RankResult]:
+    """What each rank of a training in fresh processes reports of itself."""
+    return results(case, begun(case, folder))

@@ -61,7 +61,7 @@ def peer(name: str, steps: int) -> Run:
     from launch.data import Rows, load_corpus
     from launch.model import load_tokenizer
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     spec = load_train_spec(read_document(EXAMPLE, overrides(steps, "fp32")))
     tokenizer = load_tokenizer(spec.model)
     corpus = load_corpus(spec, tokenizer)
@@ -127,7 +127,10 @@ def peer(name: str, steps: int) -> Run:
 
 def peer_in_a_process(name: str, steps: int) -> Run:
     command = [sys.executable, "-m", "benchmarks.train", "--peer", name, "--steps", str(steps)]
-    told = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    told = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
+    if told.returncode:
+        raise RuntimeError(f"{name} ended with {told.returncode}\n{told.stderr[-4000:]}")
     return Run(*json.loads(told.stdout.strip().splitlines()[-1]))
 
 

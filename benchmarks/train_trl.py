@@ -57,7 +57,7 @@ def sft(steps: int, seed: int, output: Path) -> float:
     from launch.model import load_tokenizer
     from launch.parts import split_parts
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     spec = job(steps, seed)
     assert spec.adapter is not None
     part = split_parts(spec.data, columns_of(spec), classes=False)["train"]

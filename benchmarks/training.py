@@ -47,7 +47,7 @@ def ours(example: Path, folder: Path, name: str, sets: list[str], processes: int
     spec = load_train_spec(read_document(job, sets))
     plan = plan_alone(spec, processes, "cpu")
     share = NodeShare(
-        node="n", address="127.0.0.1", processes=processes, threads=max(1, (os.cpu_count() or 1) // processes)
+        node="n", address="127.0.0.1", processes=processes, threads=max(1, len(os.sched_getaffinity(0)) // processes)
     )
     config = folder / f"{name}-accelerate.yaml"
     deepspeed = folder / f"{name}-deepspeed.json" if plan.zero_stage else None
@@ -59,7 +59,10 @@ def ours(example: Path, folder: Path, name: str, sets: list[str], processes: int
     flags = [flag for one in sets for flag in ("--set", one)]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "-m", "launch"]
     env = os.environ | launch_environment(plan, share) | {"HF_HUB_OFFLINE": "1"}
-    subprocess.run([*command, "--config", str(job), *flags], env=env, check=True, capture_output=True, cwd=folder)
+    asked = [*command, "--config", str(job), *flags]
+    done = subprocess.run(asked, env=env, check=False, capture_output=True, text=True, cwd=folder)
+    if done.returncode:
+        raise RuntimeError(f"{name} ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     files = AttemptFiles(folder / "runs" / name)
     end = RankExit.model_validate_json(files.exit(0).read_bytes())
     assert end.result is not None

@@ -353,3 +353,6 @@ FAMILIES: Mapping[str, Family] = {
     "granite": _llama(scaled=True),
     "smollm3": _llama(),
 }
+
+FIRST_TOKEN = frozenset({"bert", "roberta", "xlm-roberta", "electra", "distilbert"})
+"""Families whose classifiers read the last layer's first token alone (launch.first_token)."""

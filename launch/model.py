@@ -23,6 +23,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from launch.config import AdapterSpec, ModelSpec, TrainSpec
 from launch.errors import SpecError
+from launch.first_token import narrow_last_layer
 from launch.layers import freeze
 from launch.packing import check_packable
 
@@ -85,6 +86,7 @@ def build_model(
     else:
         model, missing = load_model(spec.model, labels, pad_token_id)
         initialise(model, missing, spec.train.seed)
+    narrow_last_layer(model)
     if spec.data.packing:
         check_packable(model, spec.data.max_length)
     if spec.adapter is not None:

@@ -18,7 +18,7 @@ from orchestrator.errors import ExecutorError
 from orchestrator.execute.local import free_ports
 from orchestrator.execute.member import Member
 from orchestrator.execute.processes import of_run
-from orchestrator.execute.protocol import read_bytes, read_report
+from orchestrator.execute.protocol import Executor, read_bytes, read_report
 from orchestrator.execute.request import build_request
 from orchestrator.execute.standby import Ordered
 from orchestrator.job.spec import AnyJob
@@ -146,14 +146,15 @@ def carried_out(
     patience_s: float = 100,
     memory_bytes: int | None = None,
     sizing: str | None = None,
+    executor: Executor | None = None,
     **environment: str,
 ) -> Ended:
     """Run `job` to its end in the yard of `folder`, with more `environment` for its ranks. `memory_bytes` is what each
-    node has, where the yard is to know it."""
+    node has, where the yard is to know it; another `executor` than Here knows better."""
     settings = Settings(home=folder)
     store = Store(f"sqlite:///{folder / 'yard.db'}")
     store.prepare()
-    controller = Controller(store, Here(nodes, memory_bytes, **environment), settings)
+    controller = Controller(store, executor or Here(nodes, memory_bytes, **environment), settings)
     store.add_job(name, job, time.time(), sizing=sizing)
     deadline = time.monotonic() + patience_s
     try:

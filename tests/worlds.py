@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from launch.attempt import ENV_RUN_ID
+from launch.attempt import ENV_RUN_ID, told_to_torch
 from launch.config import TrainSpec
 from launch.contract import AttemptFiles, ExecutionPlan, NodeShare, RankExit, RunContract
 from launch.engine_config import (
@@ -199,7 +199,14 @@ def a_contract(run_dir: Path, plan: ExecutionPlan, spec: TrainSpec | None = None
         job_id="small",
         attempt=1,
         plan=plan,
-        nodes=(NodeShare(node="here", address="127.0.0.1", processes=plan.world_size),),
+        nodes=(
+            NodeShare(
+                node="here",
+                address="127.0.0.1",
+                processes=plan.world_size,
+                gpus=tuple(range(plan.world_size)) if plan.device == "cuda" else (),
+            ),
+        ),
         main_port=free_port(),
         run_dir=str(run_dir),
         output_dir=str(run_dir / "model"),
@@ -278,7 +285,7 @@ def standby() -> Standby:
 def start(
     contract: RunContract, environment: dict[str, str] | None = None, module: str = "launch", *, cold: bool = False
 ) -> Launched:
-    """Start every node's launcher through generated configuration files, as an executor does."""
+    """Start every node's launcher through generated configuration files, as an executor does. On GPUs always cold."""
     files = AttemptFiles(contract.run_dir)
     files.run_dir.mkdir(parents=True, exist_ok=True)
     contract.write(files.contract)
@@ -303,9 +310,11 @@ def start(
         }
         cwd, log_file = Path(__file__).parents[1], files.launcher_log(index)
         launcher: subprocess.Popen[bytes] | Ordered | None
-        if cold or contract.command is not None:
+        if cold or contract.command is not None or contract.plan.device == "cuda":
             with log_file.open("wb") as log:
-                launcher = subprocess.Popen(command, env=env, cwd=cwd, stdout=log, stderr=log, start_new_session=True)
+                launcher = subprocess.Popen(
+                    command, env=told_to_torch(env), cwd=cwd, stdout=log, stderr=log, start_new_session=True
+                )
         else:
             launcher = standby().order(tuple(command), env, str(cwd), log_file)
         assert launcher is not None

@@ -73,6 +73,21 @@ def kept(of: Traits, at: Setting) -> dict[str, float]:
     }
 
 
+def kept_of_last(of: Traits, at: Setting) -> dict[str, float]:
+    """What the last layer keeps where it is computed for the first token alone (launch.first_token): of every token
+    what its keys and values are made of, they themselves, and a score a head; of the first one all of `kept`."""
+    numbers, e = at.numbers, at.numbers.compute
+    read = 2 * of.hidden * numbers.compute if numbers.autocast else of.hidden * numbers.hidden
+    written = scores_are_written(of, at)
+    masked = at.attention == "sdpa" and (written or at.padded)
+    return {
+        "products": read,
+        "attention": e * 2 * of.kv_heads * of.head_dim + of.heads * scores(of, at) * written + MASK * masked,
+        "adapter": 2 * at.lora * numbers.compute / 3,
+        "first token": sum(kept(of, at).values()) / at.length,
+    }
+
+
 def boundary(of: Traits, at: Setting) -> float:
     """The hidden state that goes into a layer: all of it that checkpointing keeps (Chen et al. 2016)."""
     return of.hidden * at.numbers.hidden
@@ -168,12 +183,17 @@ def backward(of: Traits, at: Setting) -> float:
     return at.numbers.hidden * of.hidden + wide * e * of.ffn
 
 
-def ends(of: Traits, at: Setting) -> float:
+def backward_of_last(of: Traits, at: Setting) -> float:
+    """As `backward`, in a last layer for the first token alone: of the hidden state, and of its keys and values."""
+    return at.numbers.hidden * of.hidden + at.numbers.compute * 2 * of.kv_heads * of.head_dim
+
+
+def ends(of: Traits, at: Setting, *, first_token: bool = False) -> float:
     """What is kept before and after the layers: the embeddings' norm, or the last one and its input."""
     here = at.numbers.hidden
     if of.post_norm:
-        # The pooler looks at the first token, and keeps all of them where it does not cast it.
-        last = 0 if at.numbers.autocast else here * of.hidden
+        # The pooler looks at the first token, and keeps all that it is given where it does not cast it.
+        last = 0 if at.numbers.autocast or first_token else here * of.hidden
         return norm(of, at, of.embedding) + last + MASK * of.embedding * (at.dropout and of.dropout > 0)
     return norm(of, at, of.hidden) + MASK * of.hidden * (at.dropout and of.dropout > 0)
 

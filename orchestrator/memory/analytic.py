@@ -12,7 +12,7 @@ from typing import cast
 from launch.config import LossMode, Precision, TrainSpec
 from launch.contract import Device
 from launch.engine_config import PERSISTENT_ELEMENTS
-from launch.families import Traits
+from launch.families import FIRST_TOKEN, Traits
 from launch.footprint_record import Curve, Footprint, Passes
 from launch.shape import ModelShape, Trained, trained
 from orchestrator.memory.activations import (
@@ -25,10 +25,12 @@ from orchestrator.memory.activations import (
     Numbers,
     Setting,
     backward,
+    backward_of_last,
     boundary,
     ends,
     ends_backward,
     kept,
+    kept_of_last,
 )
 
 CHUNK_BYTES = 1 << 26
@@ -73,6 +75,8 @@ class Parts:
     """Bytes of an element of one."""
     checkpointing: bool
     loss: LossMode
+    first_token: bool = False
+    """Whether the last layer is computed for the first token alone."""
 
     @property
     def layer_casts(self) -> float:
@@ -243,6 +247,7 @@ def parts_of(
         gradient=size,
         checkpointing=checkpointing,
         loss=loss,
+        first_token=not language and shape.model_type in FIRST_TOKEN and setting.attention != "flash",
     )
 
 
@@ -253,22 +258,32 @@ def peaks(parts: Parts, rows: int) -> Peaks:
     tokens = rows * at.length
     layer = tokens * sum(kept(of, at).values())
     back = tokens * backward(of, at) + parts.flight
+    last, last_back = layer, back
+    if parts.first_token:
+        last = tokens * sum(kept_of_last(of, at).values())
+        last_back = tokens * backward_of_last(of, at) + parts.flight
+    some = parts.layers > 0
     if parts.checkpointing:
         body = parts.layers * tokens * boundary(of, at)
-        forward, again = parts.cached, (layer + parts.layer_casts) * (parts.layers > 0)
+        forward, again = parts.cached, (layer + parts.layer_casts) * some
+        last_again, done = (last + parts.layer_casts) * some, 0.0
         first = tokens * boundary(of, at) + again
     else:
-        body = parts.layers * (layer + parts.layer_casts)
-        forward, again, first = 0, 0, layer + parts.layer_casts
+        body = parts.layers * (layer + parts.layer_casts) - (layer - last) * some
+        forward, again, last_again = 0, 0.0, 0.0
+        done = last + parts.layer_casts  # freed, when the layer before the last is gone back through
+        first = layer + parts.layer_casts
     batch = tokens * BATCH_BYTES
-    tail = tokens * ends(of, at)
+    tail = tokens * ends(of, at, first_token=parts.first_token)
     loss = _loss(parts, tokens if parts.per_token else rows)
     # A tied weight has its first gradient from the loss on, and is given the sum of its two at the end.
     head = parts.gradient * parts.head if parts.head_trained else 0
     pending, table = (head if parts.tied else 0), parts.table_gradients
     end = tokens * boundary(of, at) + batch + table + (2 * pending if parts.tied else 0)
-    layers_back = batch + body + again + back
-    norm_back = batch + body + tail + tokens * ends_backward(of, at)
+    layers_back = batch + body + last_again + last_back
+    if parts.first_token and parts.layers > 1:
+        layers_back = max(layers_back, batch + body - done + again + back)
+    norm_back = batch + body + tail + tokens * ends_backward(of, at) * (not parts.first_token)
     beside = max(
         batch + body + forward + tail + loss.forward,
         batch + body + tail + loss.backward,

@@ -10,9 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from launch.config import AdapterSpec, Task
 from launch.contract import ExecutionPlan
+from launch.first_token import narrow_last_layer
 from launch.footprint_record import Footprint
 from launch.shape import ModelShape, shape_of_config, trained
-from orchestrator.memory.activations import AUTOCAST, HALF, WHOLE, Numbers, Setting, kept
+from orchestrator.memory.activations import AUTOCAST, HALF, WHOLE, Numbers, Setting, ends, kept, kept_of_last
 from orchestrator.memory.analytic import CHUNK_BYTES, footprint
 from orchestrator.memory.estimate import predict
 from tests.builders import a_training_job
@@ -33,6 +34,13 @@ GPT = {"n_embd": 64, "n_head": 4, "vocab_size": 64, "resid_pdrop": 0.0, "attn_pd
 ROWS, LENGTH = 4, 44
 
 
+BERT = PLAIN | {"num_hidden_layers": 2}
+DISTILBERT = {
+    "dim": 64, "n_heads": 4, "hidden_dim": 256, "vocab_size": 64, "n_layers": 2, "dropout": 0.0,
+    "attention_dropout": 0.0, "seq_classif_dropout": 0.0,
+}  # fmt: skip
+
+
 def kept_by_torch(kind: str, task: Task, sizes: dict[str, Any], numbers: Numbers, attention: str) -> float:
     """Bytes a token and layer that autograd keeps, beside weights: of two layers more."""
     layers = {"gpt2": "n_layer", "gpt_bigcode": "n_layer"}.get(kind, "num_hidden_layers")
@@ -43,11 +51,13 @@ def kept_by_torch(kind: str, task: Task, sizes: dict[str, Any], numbers: Numbers
     return (three - one) / 2 / (ROWS * LENGTH)
 
 
-def saved_bytes(config: Any, task: Task, numbers: Numbers, attention: str) -> int:
+def saved_bytes(config: Any, task: Task, numbers: Numbers, attention: str, *, narrow: bool = False) -> int:
     config._attn_implementation = attention
     config.pad_token_id = 0
     build = AutoModelForCausalLM if task == TOKENS else AutoModelForSequenceClassification
     model = build.from_config(config, dtype=torch.bfloat16 if numbers is HALF else torch.float32).train()
+    if narrow:
+        narrow_last_layer(model)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     sizes = {tuple(sorted(weight.shape)) for weight in model.parameters()}  # of their casts, too
     ids = torch.zeros((ROWS, LENGTH), dtype=torch.int64)
@@ -90,6 +100,25 @@ def test_what_a_layer_keeps(kind: str, task: Task, sizes: dict[str, Any], attent
     at = Setting(numbers=numbers, length=LENGTH, attention=attention, device="cpu")
     found = kept_by_torch(kind, task, sizes, numbers, attention)
     assert sum(kept(shape.traits, at).values()) == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.parametrize("numbers", [WHOLE, HALF, AUTOCAST], ids=["fp32", "native", "autocast"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("kind", "sizes"), [("bert", BERT), ("distilbert", DISTILBERT)])
+def test_what_a_last_layer_for_the_first_token_keeps_less(
+    kind: str, sizes: dict[str, Any], attention: str, numbers: Numbers
+) -> None:
+    shape = shape_of_config({"model_type": kind, **sizes}, CLASSES)
+    assert shape is not None
+    at = Setting(numbers=numbers, length=LENGTH, attention=attention, device="cpu")
+    whole, narrow = (
+        saved_bytes(AutoConfig.for_model(kind, **sizes), CLASSES, numbers, attention, narrow=narrow)
+        for narrow in (False, True)
+    )
+    layer, last = (sum(found(shape.traits, at).values()) for found in (kept, kept_of_last))
+    ends_differ = ends(shape.traits, at) - ends(shape.traits, at, first_token=True)
+    found = (whole - narrow) / (ROWS * LENGTH)
+    assert layer - last + ends_differ == pytest.approx(found, rel=0.03)
 
 
 def a_llama(**changes: Any) -> ModelShape:
