@@ -49,7 +49,7 @@ def footprint_of(case: Case, folder: Path, *, planned: bool = False) -> Footprin
 def row_of(case: Case, folder: Path) -> dict[str, Any]:
     """Bytes, and errors as shares of what was measured; of the rank that held the most."""
     footprint = footprint_of(case, folder)
-    predicted = predict(footprint, plan_of(case))
+    predicted = predict(footprint, plan_of(case), adapter_alone=case.lora)
     most = max(measured(case, folder), key=lambda rank: rank.peak_bytes)
     base = most.baseline_bytes
 

@@ -45,7 +45,7 @@ LOOK_S = 0.05
 
 def row_of(case: Case, folder: Path) -> dict[str, Any]:
     """Bytes, and errors as shares of what was measured."""
-    predicted = predict(footprint_of(case, folder), plan_of(case))
+    predicted = predict(footprint_of(case, folder), plan_of(case), adapter_alone=case.lora)
     launched = begun(case, folder)
     card, host = watched(launched)
     result = results(case, launched)[0]

@@ -37,12 +37,13 @@ def narrow_last_layer(model: PreTrainedModel) -> None:
         return
     base: Any = model.base_model
     stack = base.transformer if config.model_type == "distilbert" else base.encoder
-    last: nn.Module = stack.layer[-1]
-    last.__class__ = _narrowed(type(last), _distilbert if config.model_type == "distilbert" else _bert)
+    last = stack.layer[-1]
+    forward = _distilbert if config.model_type == "distilbert" else _bert
+    last.__class__ = _narrowed(type(last), forward)  # type: ignore[arg-type]  # a class is hashable
 
 
 @functools.cache
-def _narrowed(layer: type[nn.Module], forward: Callable[..., torch.Tensor]) -> type[nn.Module]:
+def _narrowed(layer: type, forward: Callable[..., torch.Tensor]) -> type[nn.Module]:
     """A kind of `layer` with another forward pass; as such it can be checkpointed, and found by transformers."""
     return type(f"FirstTokenOf{layer.__name__}", (layer,), {"forward": forward})
 

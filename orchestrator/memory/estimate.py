@@ -89,11 +89,15 @@ def predict(
     rows: int | None = None,
     save_buffer: bool = True,
     keep_best: bool = False,
+    adapter_alone: bool = False,
+    local: int = 1,
 ) -> Predicted:
     """The most that a rank of `plan` will hold: device and host, each at its own worst moment.
 
     `rows`: of a step and rank, where they are known: the last micro-batch may be smaller than the others.
     `save_buffer`: checkpoints are copied into host memory before they are written; `keep_best`: the best weights, too.
+    `adapter_alone`: the base model is not part of what is exported. `local`: the ranks that share a host; one of them
+    exports, and each is counted with its part of that.
 
     Raises:
         KeyError: the footprint has no passes for the plan's precision and checkpointing.
@@ -102,7 +106,8 @@ def predict(
     if passes is None:
         raise KeyError(f"{plan.precision}, checkpointing {plan.activation_checkpointing}, loss {plan.loss}")
     later = min(plan.micro_batch_size, rows - plan.micro_batch_size) if rows is not None else plan.micro_batch_size
-    rank = _Rank(footprint, plan, passes, max(1, later))
+    exported = footprint.trainable if adapter_alone else footprint.parameters
+    rank = _Rank(footprint, plan, passes, max(1, later), exported)
     host = dict(rank.host_steady())
     if save_buffer:
         host["checkpoint_buffer"] = rank.saved / plan.world_size
@@ -111,7 +116,10 @@ def predict(
     if plan.device == "cpu":
         return Predicted(device=_worst(rank.moments()), host=_worst({"steady": host}))
     device = {name: rank.on_cuda(items) for name, items in rank.moments().items() if name != "export"}
-    return Predicted(device=_worst(device), host=_worst({"steady": host, "load": rank.host_load()}))
+    written = {"export": (rank.width * exported + EXPORTING) / local}
+    return Predicted(
+        device=_worst(device), host=_worst({"steady": host, "load": rank.host_load(), "export": host | written})
+    )
 
 
 def _worst(moments: Mapping[str, Items]) -> Side:
@@ -129,6 +137,8 @@ class _Rank:
     passes: Passes
     later_rows: int
     """Of the second micro-batch, if there is one: it finds gradients there."""
+    exported: int
+    """Weights of the model directory."""
 
     @property
     def stage(self) -> int:
@@ -271,7 +281,7 @@ class _Rank:
     def _export(self, state: Items) -> Iterator[tuple[str, float]]:
         """On rank 0: the weights as they are written."""
         yield from state.items()
-        yield "export", FP32 * self.footprint.parameters + EXPORTING
+        yield "export", FP32 * self.exported + EXPORTING
 
     def on_cuda(self, items: Items) -> Items:
         """With what a GPU holds beside tensors."""

@@ -30,8 +30,8 @@ bf16 it rounds the weights themselves."""
 ALTERNATIVES = 4
 ORDER: tuple[EngineName, ...] = ("single", "ddp", "zero1", "zero2", "zero3")
 
-Predict = Callable[[Footprint, ExecutionPlan, bool], Predicted]
-"""What a rank will hold; last, whether with a copy of the state for checkpoints."""
+Predict = Callable[[Footprint, ExecutionPlan, bool, int], Predicted]
+"""What a rank will hold; last, whether with a copy of the state for checkpoints, and how many ranks share a host."""
 
 
 STAYS = frozenset(
@@ -184,9 +184,16 @@ def candidates(
 def predict_of(job: TrainingJob) -> Predict:
     """What a rank of `job` will hold, with what the job file has it keep in host memory."""
 
-    def told_of(footprint: Footprint, plan: ExecutionPlan, buffer: bool) -> Predicted:
-        rows = -(-job.train.global_batch_size // plan.world_size)
-        return predict(footprint, plan, rows=rows, save_buffer=buffer, keep_best=job.train.keep_best)
+    def told_of(footprint: Footprint, plan: ExecutionPlan, buffer: bool, local: int) -> Predicted:
+        return predict(
+            footprint,
+            plan,
+            rows=-(-job.train.global_batch_size // plan.world_size),
+            save_buffer=buffer,
+            keep_best=job.train.keep_best,
+            adapter_alone=job.adapter is not None and not job.adapter.merge,
+            local=local,
+        )
 
     return told_of
 
@@ -298,7 +305,7 @@ def _largest(
         for buffer in dict.fromkeys(
             (job.checkpoint.asynchronous, job.checkpoint.asynchronous and plan.device == "cpu")
         ):
-            told_of = predict(footprint, plan, buffer)
+            told_of = predict(footprint, plan, buffer, kind.local(plan.world_size))
             needs = needed(told_of, plan, margin)
             fits = needs.device <= room.device and needs.host <= room.host
             if fits:

@@ -58,7 +58,7 @@ def a_footprint(job: TrainingJob | None = None, state: float = 10 * GIB, row: fl
     )  # fmt: skip
 
 
-def a_predict(footprint: Footprint, plan: ExecutionPlan, buffer: bool) -> Predicted:
+def a_predict(footprint: Footprint, plan: ExecutionPlan, buffer: bool, _local: int = 1) -> Predicted:
     """16 bytes an element, divided from stage 1 on; three quarters of it on the host where it is offloaded."""
     whole = 16 * footprint.parameters / (plan.world_size if plan.zero_stage == 3 else 1)
     if plan.zero_stage in (1, 2):
