@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.memory_world import Case, measured, plan_of, write_job
 from launch.footprint_record import Footprint
-from orchestrator.memory.estimate import predict
+from orchestrator.memory.estimate import Predicted, predict
 
 SINGLE = [
     Case("bert", 64, 16), Case("bert", 128, 8), Case("bert", 256, 8), Case("bert", 256, 16, checkpointing=True),
@@ -23,7 +23,7 @@ SINGLE = [
     Case("gpt2", 256, 8, checkpointing=True), Case("gpt2", 256, 4, loss="whole"), Case("gpt2", 512, 4, dropout=0.1),
     Case("llama", 64, 8), Case("llama", 256, 4), Case("llama", 256, 4, precision="bf16"),
     Case("llama", 256, 8, checkpointing=True), Case("llama", 256, 2, loss="whole"), Case("llama", 512, 4, lora=True),
-    Case("llama", 256, 4, accumulation=2),
+    Case("llama", 256, 4, accumulation=2), Case("bert", 64, 8, copies=True),
 ]  # fmt: skip
 SHARDED = [
     Case("bert", 256, 8, "ddp"), Case("bert", 256, 8, "zero1"), Case("bert", 256, 8, "zero2"),
@@ -33,6 +33,7 @@ SHARDED = [
     Case("llama", 256, 4, "zero3"), Case("llama", 256, 4, "zero2", "bf16"), Case("llama", 256, 4, "zero3", "bf16"),
     Case("llama", 256, 4, "zero2", offload="optimizer"), Case("llama", 256, 4, "zero3", offload="all"),
     Case("llama", 256, 4, "zero2", accumulation=2), Case("gpt2", 512, 2, "ddp", "bf16"),
+    Case("bert", 64, 8, "ddp", copies=True), Case("llama", 64, 4, "zero2", copies=True),
 ]  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def footprint_of(case: Case, folder: Path, *, planned: bool = False) -> Footprin
 def row_of(case: Case, folder: Path) -> dict[str, Any]:
     """Bytes, and errors as shares of what was measured; of the rank that held the most."""
     footprint = footprint_of(case, folder)
-    predicted = predict(footprint, plan_of(case), adapter_alone=case.lora)
+    predicted = predicted_of(case, footprint)
     most = max(measured(case, folder), key=lambda rank: rank.peak_bytes)
     base = most.baseline_bytes
 
@@ -65,6 +66,13 @@ def row_of(case: Case, folder: Path) -> dict[str, Any]:
         "accelerate": errors(base + of_accelerate(footprint, case))[1],
         "deepspeed": errors(base + of_deepspeed(footprint, case))[1] if case.engine.startswith("zero") else None,
     }  # fmt: skip
+
+
+def predicted_of(case: Case, footprint: Footprint) -> Predicted:
+    """What a rank will hold; all ranks share this host."""
+    return predict(
+        footprint, plan_of(case), adapter_alone=case.lora, memory_copies=case.copies, local=case.world_size
+    )  # fmt: skip
 
 
 def of_accelerate(footprint: Footprint, case: Case) -> int:

@@ -20,9 +20,8 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.memory import footprint_of
-from benchmarks.memory_world import Case, begun, plan_of, results, write_job
-from orchestrator.memory.estimate import predict
+from benchmarks.memory import footprint_of, predicted_of
+from benchmarks.memory_world import Case, begun, results, write_job
 from tests.worlds import Launched
 
 LARGE: dict[str, Any] = {"hidden": 1024, "layers": 24, "device": "cuda", "precision": "bf16"}
@@ -45,7 +44,7 @@ LOOK_S = 0.05
 
 def row_of(case: Case, folder: Path) -> dict[str, Any]:
     """Bytes, and errors as shares of what was measured."""
-    predicted = predict(footprint_of(case, folder), plan_of(case), adapter_alone=case.lora)
+    predicted = predicted_of(case, footprint_of(case, folder))
     launched = begun(case, folder)
     card, host = watched(launched)
     result = results(case, launched)[0]

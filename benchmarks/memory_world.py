@@ -38,6 +38,8 @@ class Case:
     allocator: Literal["fast", "tight"] = "tight"
     lora: bool = False
     dropout: float = 0.0
+    copies: bool = False
+    """Of the state, in shared memory."""
     hidden: int = 512
     layers: int = 8
     device: Device = "cpu"
@@ -58,7 +60,7 @@ class Case:
         parts += [f"offload-{self.offload}"] * (self.offload != "none") + [f"x{self.accumulation}"] * (
             self.accumulation > 1
         )
-        return " ".join(parts + ["fast"] * (self.allocator == "fast"))
+        return " ".join(parts + ["copies"] * self.copies + ["fast"] * (self.allocator == "fast"))
 
 
 def word(number: int) -> str:
@@ -150,6 +152,8 @@ def write_job(case: Case, folder: Path, *, planned: bool = False) -> Path:
         job["offload"] = case.offload
     if case.lora:
         job["adapter"] = {"r": 16}
+    if case.copies:
+        job["checkpoint"] = {"every_steps": None, "memory_every_steps": 1}
     if planned:
         job["strategy"] = "auto"
         job["resources"] = {"num_processes": case.world_size}

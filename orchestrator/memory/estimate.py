@@ -91,14 +91,16 @@ def predict(
     save_buffer: bool = True,
     keep_best: bool = False,
     adapter_alone: bool = False,
+    memory_copies: bool = False,
     local: int = 1,
 ) -> Predicted:
     """The most that a rank of `plan` will hold: device and host, each at its own worst moment.
 
     `rows`: of a step and rank, where they are known: the last micro-batch may be smaller than the others.
     `save_buffer`: checkpoints are copied into host memory before they are written; `keep_best`: the best weights, too.
-    `adapter_alone`: the base model is not part of what is exported. `local`: the ranks that share a host; one of them
-    exports, and each is counted with its part of that.
+    `adapter_alone`: the base model is not part of what is exported. `memory_copies`: the state is copied into shared
+    memory, twice, and where all ranks hold the same, those of a host divide it (launch.checkpoint.memory). `local`: the
+    ranks that share a host; one of them exports, and each is counted with its part of that.
 
     Raises:
         KeyError: the footprint has no passes for the plan's precision and checkpointing.
@@ -114,6 +116,9 @@ def predict(
         host["checkpoint_buffer"] = rank.saved / plan.world_size
     if keep_best:
         host["best_weights"] = rank.masters_here
+    if memory_copies:
+        best = FP32 * footprint.trainable if keep_best else 0
+        host["memory_copies"] = 2 * (rank.saved + best) / (rank.shares if rank.stage else local)
     if plan.device == "cpu":
         return Predicted(device=_worst(rank.moments()), host=_worst({"steady": host}))
     device = {name: rank.on_cuda(items) for name, items in rank.moments().items() if name != "export"}

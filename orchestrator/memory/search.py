@@ -192,6 +192,7 @@ def predict_of(job: TrainingJob) -> Predict:
             save_buffer=buffer,
             keep_best=job.train.keep_best,
             adapter_alone=job.adapter is not None and not job.adapter.merge,
+            memory_copies=job.checkpoint.memory_every_steps is not None,
             local=local,
         )
 

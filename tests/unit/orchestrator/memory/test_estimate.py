@@ -181,6 +181,19 @@ def test_a_gpu_holds_its_context_and_what_its_allocator_keeps() -> None:
     assert loaded.host.moment == "load"
 
 
+@pytest.mark.parametrize(
+    ("engine", "world", "local", "each"),
+    [("single", 1, 1, 480), ("ddp", 4, 1, 480), ("ddp", 4, 2, 240), ("zero1", 4, 2, 120), ("zero3", 4, 4, 120)],
+)
+def test_two_copies_in_memory_are_a_part_of_the_state_each(engine: str, world: int, local: int, each: float) -> None:
+    plan = a_plan(engine, world_size=world)
+    told = predict(a_footprint(), plan, memory_copies=True, local=local).host
+    assert millions(told, "memory_copies") == [2 * each]
+    assert "memory_copies" not in predict(a_footprint(), plan, local=local).host.breakdown
+    best = predict(a_footprint(), plan, memory_copies=True, keep_best=True, local=local).host
+    assert millions(best, "memory_copies") == [2 * each * 640 / 480]
+
+
 @pytest.mark.parametrize(("local", "precision", "width"), [(1, "fp32", 4), (4, "fp32", 4), (4, "bf16", 2)])
 def test_one_rank_of_a_host_exports_from_its_gpu(local: int, precision: str, width: int) -> None:
     """Measured once, on an H200: 8.12 GB where this says 8.09."""
