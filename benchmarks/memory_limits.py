@@ -126,7 +126,7 @@ class Subject:
         first = self.choose(1 << 40).best.plan.model_copy(update={"allocator": "tight"})
         told_of = predict_of(self.job)
         low, high = (
-            needed(told_of(self.footprint, with_micro(first, micro), True), first, NONE).host for micro in (10, 30)
+            needed(told_of(self.footprint, with_micro(first, micro), True, 1), first, NONE).host for micro in (10, 30)
         )
         return int(draw.uniform(low, high))
 
@@ -138,7 +138,7 @@ def brute_force(subject: Subject, plan: ExecutionPlan, limit: int) -> int:
     expected = [
         micro
         for micro in range(low, high)
-        if needed(told_of(subject.footprint, with_micro(plan, micro), True), plan, NONE).host <= limit
+        if needed(told_of(subject.footprint, with_micro(plan, micro), True, 1), plan, NONE).host <= limit
     ]
     fitting = max([low, *expected])
     guess = fitting + subject.more  # where it was beyond what was expected the last time, it is likely to be again
