@@ -73,8 +73,8 @@ def write_dialogues(path: Path, rows: int = 80, seed: int = 0) -> Path:
     return path
 
 
-def write_bert(directory: Path, hidden: int = 32, seed: int = 0, *, pooler: bool = True) -> Path:
-    """A two-layer BERT without a classification head, and a WordPiece tokenizer for WORDS."""
+def write_bert(directory: Path, hidden: int = 32, seed: int = 0, *, layers: int = 2, pooler: bool = True) -> Path:
+    """A small BERT without a classification head, and a WordPiece tokenizer for WORDS."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -92,7 +92,7 @@ def write_bert(directory: Path, hidden: int = 32, seed: int = 0, *, pooler: bool
     ).save_pretrained(directory)
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=len(pieces), hidden_size=hidden, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(pieces), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
         intermediate_size=2 * hidden, max_position_embeddings=64, pad_token_id=0,
     )  # fmt: skip
     BertModel(config, add_pooling_layer=pooler).save_pretrained(directory)
