@@ -72,7 +72,7 @@ def plan(
     kinds = load_cluster(read_document(cluster)) if cluster is not None else (this_machine(),)
     planned = plan_job(job, document, kinds, file if trace else None, set_ or ())
     if output == Format.JSON:
-        print_json(as_json(planned))
+        print_json(as_json(job, planned))
     else:
         show(job, planned)
     if not planned.choice.fits:
@@ -188,21 +188,24 @@ def trace(file: Path, overrides: Sequence[str], device: str) -> Footprint | str:
 # What is shown.
 
 
-def as_json(planned: Planned) -> dict[str, Any]:
+def as_json(job: TrainingJob, planned: Planned) -> dict[str, Any]:
+    tokens = job.model.task == "causal-lm"
     choice, best = planned.choice, planned.choice.best
     change = planned.change
     return {
         "fits": choice.fits,
-        **_plan_json(best),
+        **_plan_json(best, tokens),
         "predicted": {"device": _side(best.predicted.device), "host": _side(best.predicted.host)},
         "needed": {"device_bytes": best.needed.device, "host_bytes": best.needed.host},
         "available": {"device_bytes": best.room.device, "host_bytes": best.room.host},
         "margin": {"static": choice.margin.static, "dynamic": choice.margin.dynamic},
-        "alternatives": [{**_plan_json(one), "fits": one.fits, "why_not": why_not(one, best)} for one in choice.others],
+        "alternatives": [
+            {**_plan_json(one, tokens), "fits": one.fits, "why_not": why_not(one, best)} for one in choice.others
+        ],
         "reason": choice.reason,
         "nearest_change": None
         if change is None
-        else {"change": change.change, "sentence": change.sentence, "plan": _plan_json(change.choice.best)},
+        else {"change": change.change, "sentence": change.sentence, "plan": _plan_json(change.choice.best, tokens)},
         "source": planned.footprint.source,
         "source_reason": planned.footprint.reason,
         "parameters": planned.footprint.parameters,
@@ -210,7 +213,8 @@ def as_json(planned: Planned) -> dict[str, Any]:
     }
 
 
-def _plan_json(one: Candidate) -> dict[str, Any]:
+def _plan_json(one: Candidate, tokens: bool) -> dict[str, Any]:
+    """`tokens`: whether each token has a loss, so that there is a choice of how it is made."""
     plan = one.plan
     return {
         "strategy": plan.engine,
@@ -218,7 +222,7 @@ def _plan_json(one: Candidate) -> dict[str, Any]:
         "micro_batch_size": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
         "activation_checkpointing": plan.activation_checkpointing,
-        "loss_mode": plan.loss,
+        "loss_mode": plan.loss if tokens else None,
         "allocator": plan.allocator,
         "precision": plan.precision,
         "world_size": plan.world_size,

@@ -79,6 +79,12 @@ def a_cluster(folder: Path, text: str) -> Path:
 SMALL = "nodes: [{name: pi, cores: 2, memory_gb: 2}]"
 
 
+def test_a_way_to_make_the_loss_is_told_of_language_models_alone(tmp_path: Path) -> None:
+    assert planned(a_small_job(tmp_path))["loss_mode"] is None
+    job = CONFIGS / "jobs" / "llama-3-8b.yaml"
+    assert planned(job, "--cluster", CONFIGS / "clusters" / "h100-8.yaml")["loss_mode"] in ("whole", "chunked")
+
+
 def test_this_machine_is_planned_for(tmp_path: Path) -> None:
     told = planned(a_small_job(tmp_path))
     assert told["world_size"] == 1
