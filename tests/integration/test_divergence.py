@@ -10,7 +10,7 @@ import pytest
 
 from launch.checkpoint.manifest import CheckpointId
 from launch.contract import ExitCode, ProgressLine, RankExit
-from tests.integration.test_resume import Job
+from tests.attempts import Job
 from tests.integration.test_resume import job as a_job
 from tests.worlds import Launched, write_bert, write_messages
 

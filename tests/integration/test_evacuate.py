@@ -10,7 +10,8 @@ from pathlib import Path
 from launch.contract import ExitCode
 from orchestrator.execute.evacuate import evacuate
 from orchestrator.yard.joined import ENV_NODE
-from tests.integration.test_resume import Job, job
+from tests.attempts import Job
+from tests.integration.test_resume import job
 from tests.worlds import write_bert, write_messages
 
 

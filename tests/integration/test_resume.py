@@ -14,15 +14,14 @@ from typing import Any
 import psutil
 import pytest
 
-from launch.checkpoint.catalogue import Catalogue
 from launch.checkpoint.manifest import CheckpointId
-from launch.checkpoint.storage import open_storage
 from launch.config import AdapterSpec, CheckpointSpec, TrainSpec
-from launch.contract import CheckpointNote, ExitCode, ProgressLine, RankExit
+from launch.contract import ExitCode, ProgressLine
 from launch.data import load_corpus, sampler_for
 from launch.model import load_tokenizer
+from tests.attempts import Job, losses
 from tests.s3 import ObjectStore, an_object_store
-from tests.worlds import Launched, a_contract, a_plan, a_spec, start, write_bert, write_messages
+from tests.worlds import Launched, a_spec, write_bert, write_messages
 
 ROWS = 147  # steps of 16: nine, and one of three
 
@@ -48,57 +47,6 @@ def job(world: Path, *, every: int | None = None, dropout: float = 0.0, **change
         train={"max_steps": 14, "log_samples": True, **changes.pop("train", {})}, **changes,
     )  # fmt: skip
     return spec.model_copy(update={"checkpoint": checkpoint})
-
-
-class Job:
-    """The attempts of one job, each with a layout of its own."""
-
-    def __init__(self, spec: TrainSpec, folder: Path, store: str | None = None, **environment: str) -> None:
-        self.spec, self.folder, self.environment = spec, folder, environment
-        self.store = store or str(folder / "checkpoints")
-        self.attempts: list[Launched] = []
-
-    def begin(self, engine: str, size: int, mutant: str | None = None, *, cold: bool = False, **more: str) -> Launched:
-        number = len(self.attempts) + 1
-        plan = a_plan(self.spec, engine, size, 4)
-        contract = a_contract(
-            self.folder / f"attempt-{number}", plan, self.spec, attempt=number, checkpoint_dir=self.store,
-            tracker_dir=str(self.folder / "trackers"), run_id=f"small.{number}",
-        )  # fmt: skip
-        environment = {**self.environment, **more, **({"MUTANT": mutant} if mutant else {})}
-        launched = start(contract, environment, module="tests.mutants" if mutant else "launch", cold=cold)
-        self.attempts.append(launched)
-        return launched
-
-    def run(self, engine: str, size: int, *, stop_at: int | None = None, cold: bool = False) -> dict[int, RankExit]:
-        """An attempt, to its end or to the stop that it is asked for."""
-        if stop_at is None:
-            launched = self.begin(engine, size, cold=cold)
-        else:
-            launched = self.begin(engine, size, "stop-at", cold=cold, STOP_AT=str(stop_at))
-        ended = launched.wait()
-        expected = ExitCode.DONE if stop_at is None else ExitCode.STOPPED
-        assert [ended[rank].code for rank in range(size)] == [expected] * size, launched.logs()
-        return ended
-
-    @property
-    def catalogue(self) -> Catalogue:
-        return Catalogue(open_storage(self.store))
-
-    def notes(self, attempt: int) -> list[CheckpointNote]:
-        lines = self.attempts[attempt - 1].files.progress(0).read_text().splitlines()
-        found = [ProgressLine.model_validate_json(line).checkpoint for line in lines]
-        return [note for note in found if note is not None]
-
-    def model(self) -> bytes:
-        return (Path(self.attempts[-1].contract.output_dir) / "model.safetensors").read_bytes()
-
-
-def losses(ended: dict[int, RankExit]) -> tuple[float, ...]:
-    result = ended[0].result
-    assert result is not None
-    assert result.train is not None
-    return result.train.losses
 
 
 @pytest.mark.parametrize(

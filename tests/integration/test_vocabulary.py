@@ -13,7 +13,7 @@ from launch.contract import ExitCode
 from launch.data import load_corpus
 from launch.model import load_tokenizer
 from launch.vocabulary import tokens_of
-from tests.integration.test_resume import Job, losses
+from tests.attempts import Job, losses
 from tests.programs import told_by
 from tests.worlds import a_spec, write_bert, write_messages
 
