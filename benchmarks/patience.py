@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -52,7 +53,7 @@ def measure(folder: Path, jobs: int, seconds: float, at_once: int) -> dict[str, 
     store.prepare()
     slow = json.dumps(dict.fromkeys(PHASES, seconds))
     controller = Controller(store, Here(slots=RANKS * at_once, **{ENV_SLOW: slow}), Settings(home=folder))
-    names = [f"job-{index}" for index in range(jobs)]
+    names = [f"patience-{os.getpid()}-{index}" for index in range(jobs)]  # a run id of its own on this machine
     for index, name in enumerate(names):
         store.add_job(name, a_job(folder, ("ddp", "zero2")[index % 2]), time.time())
     running = -1
