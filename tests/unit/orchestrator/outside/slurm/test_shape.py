@@ -142,7 +142,7 @@ def test_the_memory_that_is_said_is_asked_for() -> None:
 def test_a_run_plans_the_same_within_what_it_gets() -> None:
     """What is asked for leaves enough for the plan, and not so little that it would be traced first."""
     job, sizing = a_training("1..4")
-    found = shaped(job, nodes(), sizing)
+    found = shaped(job, nodes(memory=128_000), sizing)
     there = kinds_of([found.node.model_copy(update={"id": f"n{index}"}) for index in range(found.nodes)])
     assert there is not None
     again = ways(dump_job(job), sizing, there)
