@@ -77,13 +77,13 @@ def kept_of_last(of: Traits, at: Setting) -> dict[str, float]:
     """What the last layer keeps where it is computed for the first token alone (launch.first_token): of every token
     what its keys and values are made of, they themselves, and a score a head; of the first one all of `kept`."""
     numbers, e = at.numbers, at.numbers.compute
-    read = 2 * of.hidden * numbers.compute if numbers.autocast else of.hidden * numbers.hidden
+    read = 2 * of.hidden * e if numbers.autocast else of.hidden * numbers.hidden
     written = scores_are_written(of, at)
     masked = at.attention == "sdpa" and (written or at.padded)
     return {
         "products": read,
         "attention": e * 2 * of.kv_heads * of.head_dim + of.heads * scores(of, at) * written + MASK * masked,
-        "adapter": 2 * at.lora * numbers.compute / 3,
+        "adapter": at.lora * e,  # as if all that is adapted were keys and values: on the safe side
         "first token": sum(kept(of, at).values()) / at.length,
     }
 
