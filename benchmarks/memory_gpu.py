@@ -114,6 +114,8 @@ def main() -> None:
         "worst_allocated": round(max(errors), 4) if errors else None,
     }  # fmt: skip
     print(json.dumps(figures | {"rows": rows}))
+    if figures["failed"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
