@@ -59,12 +59,12 @@ class _Dropped(torch.autograd.Function):
     def forward(ctx: Any, values: torch.Tensor, kept: torch.Tensor, scale: float) -> torch.Tensor:
         ctx.save_for_backward(kept)
         ctx.scale = scale
-        return values.mul(kept).mul_(scale)
+        return values.mul(kept.view(torch.uint8)).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (kept,) = ctx.saved_tensors
-        return gradient.mul(kept).mul_(ctx.scale), None, None
+        return gradient.mul(kept.view(torch.uint8)).mul_(ctx.scale), None, None
 
 
 def attention(

@@ -79,9 +79,8 @@ class HostBuffer:
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 memory.madvise(mmap.MADV_HUGEPAGE)
             self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
-            self._bytes.zero_()  # the first copy need not wait for the kernel to find the pages
-        header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
-        self._bytes[: len(layout.header)] = header
+            self._bytes.numpy().fill(0)  # the first copy need not wait for the kernel to find the pages
+        bytes_of(self._bytes)[: len(layout.header)] = layout.header
         self._pieces = [
             self._bytes[f.offset : f.offset + f.length * dtype.itemsize]
             for f, dtype in zip(layout.fragments, layout.dtypes, strict=True)
@@ -90,19 +89,14 @@ class HostBuffer:
     def copy(self, parts: Sequence[Part], after: torch.cuda.Event | None = None) -> None:
         """Copy `parts`, which lie as those the layout was made of; when this returns they may change.
 
-        From any thread: a GPU's go over a stream of their own, once `after` has passed; the host's by this thread
-        alone, since torch's would take the cores of those that compute.
+        From any thread: a GPU's go over a stream of their own, once `after` has passed.
         """
         stream = torch.cuda.Stream() if after is not None else None
         if stream is not None:
             stream.wait_event(after)  # type: ignore[arg-type]
         with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
             for piece, index in zip(self._pieces, self.layout.order, strict=True):
-                source = parts[index].tensor.view(torch.uint8)
-                if source.is_cuda:
-                    piece.copy_(source, non_blocking=True)
-                else:
-                    np.copyto(piece.numpy(), source.numpy())
+                copy_bytes(piece, parts[index].tensor)
         if stream is not None:
             stream.synchronize()
 
@@ -115,9 +109,9 @@ class HostBuffer:
 
 def streamed_blocks(layout: Layout, parts: Sequence[Part]) -> Iterator[memoryview]:
     """The same file with no more memory than a block, from the live tensors: training must wait for it."""
-    staging = torch.zeros(BLOCK, dtype=torch.uint8)
+    staging = torch.empty(BLOCK, dtype=torch.uint8)
     memory = bytes_of(staging)
-    staging[: min(BLOCK, len(layout.header))] = torch.frombuffer(bytearray(layout.header[:BLOCK]), dtype=torch.uint8)
+    memory[: min(BLOCK, len(layout.header))] = layout.header[:BLOCK]
     filled = len(layout.header)
     rest = memoryview(layout.header)[BLOCK:]
     while filled >= BLOCK:  # a header longer than a block
@@ -130,13 +124,26 @@ def streamed_blocks(layout: Layout, parts: Sequence[Part]) -> Iterator[memoryvie
         done, size = 0, source.element_size()
         while done < len(source):
             count = min(len(source) - done, (BLOCK - filled) // size)
-            staging[filled : filled + count * size].view(source.dtype).copy_(source[done : done + count])
+            copy_bytes(staging[filled : filled + count * size], source[done : done + count])
             done, filled = done + count, filled + count * size
             if filled == BLOCK:
                 yield memory
                 filled = 0
     if filled:
         yield memory[:filled]
+
+
+def copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a flat tensor to as many bytes of the host; from a GPU, in the order of the current stream.
+
+    The host's own by this thread alone. torch would have it take the cores of those that compute; and after its first
+    parallel operation a thread has threads of OpenMP's for ever, more than there are cores, so that those of the
+    training sleep between operations instead of spinning: a tenth of a small model's step.
+    """
+    if source.is_cuda:
+        target.copy_(source.view(torch.uint8), non_blocking=target.is_pinned())
+    else:
+        np.copyto(target.numpy(), source.view(torch.uint8).numpy())
 
 
 def bytes_of(memory: torch.Tensor) -> memoryview:

@@ -8,18 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from launch.checkpoint.checkpoints import Checkpoints
 from launch.checkpoint.draft import Policy
 from launch.checkpoint.manifest import CheckpointError, CheckpointId, LogicalTensor, Unusable
 from launch.checkpoint.retention import Retention
-from launch.checkpoint.snapshot import BLOCK, HostBuffer, Layout, streamed_blocks
-from launch.checkpoint.state import Part, PlainState
+from launch.checkpoint.snapshot import HostBuffer
+from launch.checkpoint.state import PlainState
 from launch.checkpoint.storage import LocalStorage
 from launch.checkpoint.stored import StoredTensors
 from launch.contract import ExecutionPlan
@@ -203,29 +201,6 @@ def test_a_part_that_nobody_has_is_an_error(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "step-1.attempt-1").exists()
 
 
-def test_a_shard_is_safetensors_and_the_same_without_a_copy(tmp_path: Path) -> None:
-    """More elements than a block has, of all sizes; a header longer than a block."""
-    draw = np.random.default_rng(0)
-    parts = [
-        Part("weight/large", 5, torch.from_numpy(draw.standard_normal(BLOCK // 2).astype(np.float32))),
-        Part("weight/half", 0, torch.ones(1001, dtype=torch.bfloat16)),
-        Part("rng-0/torch", 0, torch.arange(255, dtype=torch.uint8)),
-        Part("buffer/count", 0, torch.tensor([7], dtype=torch.int64)),
-        *(Part(f"weight/{'n' * 200}-{number}", 0, torch.full((1,), float(number))) for number in range(16_000)),
-    ]
-    layout = Layout(parts)
-    assert len(layout.header) > BLOCK
-    buffer = HostBuffer(layout, pinned=False)
-    buffer.copy(parts)
-    copied = b"".join(buffer.blocks())
-    streamed = b"".join(bytes(block) for block in streamed_blocks(layout, parts))
-    assert len(copied) == layout.size
-    assert copied == streamed
-    (tmp_path / "shard.safetensors").write_bytes(copied)
-    found = load_file(tmp_path / "shard.safetensors")
-    assert all(torch.equal(found[f"{part.name}[{part.start}]"], part.tensor) for part in parts[:5])
-
-
 def test_stored_tensors_are_whole(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.checkpoints.resume()
@@ -237,16 +212,3 @@ def test_stored_tensors_are_whole(tmp_path: Path) -> None:
     assert sorted(stored.names("weight")) == sorted(name for name, _ in training.module.named_parameters())
     assert all(torch.equal(stored.read(f"weight/{n}"), p.detach()) for n, p in training.module.named_parameters())
     assert int(stored.read("buffer/1.num_batches_tracked")) == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies from a GPU go through pinned memory")
-def test_a_gpu_is_copied_from_beside_its_work(tmp_path: Path) -> None:
-    layout_of = [Part("weight/w", 0, torch.randn(1 << 20, device="cuda"))]
-    buffer = HostBuffer(Layout(layout_of), pinned=True)
-    expected = layout_of[0].tensor.cpu()
-    after = torch.cuda.current_stream().record_event()
-    buffer.copy(layout_of, after)
-    layout_of[0].tensor.zero_()
-    (tmp_path / "shard.safetensors").write_bytes(b"".join(buffer.blocks()))
-    assert torch.equal(load_file(tmp_path / "shard.safetensors")["weight/w[0]"], expected)
