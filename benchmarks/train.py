@@ -3,8 +3,9 @@
     python -m benchmarks.train [--steps 150] [--scaling-steps 40] [--repeats 2] [--without-trl]
 
 Same model, rows, split, steps, batch of 16, learning rate, seed and cores for all; each in a process of its own. The
-textbook loop pads every row to 128 tokens, in fp32, with AdamW as it comes; the Trainer runs with its defaults (pads
-to the longest row of a batch, fp32) and with bf16; Tuneyard trains the part of the vocabulary that the data use.
+textbook loop pads every row to 128 tokens, in fp32, with AdamW as it comes and no clipping of gradients, so nobody
+clips; the Trainer runs with its defaults beside that (pads to the longest row of a batch, fp32) and with bf16; Tuneyard
+trains the part of the vocabulary that the data use.
 Samples/s are over the training loop alone, from the end of the first step to the end of the last; macro-F1 is over the
 same test rows. Then, at a global batch of 64, two processes (DDP, ZeRO-2) beside one process that uses both cores.
 Last, a LoRA adapter beside TRL (benchmarks/train_trl.py).
@@ -48,7 +49,7 @@ def overrides(steps: int, precision: str) -> list[str]:
     return [
         "strategy=single", f"train.precision={precision}", f"train.max_steps={steps}", "train.eval_every=null",
         f"train.global_batch_size={BATCH}", f"train.micro_batch_size={BATCH}", f"data.max_length={PADDED}",
-        "model.vocabulary=used",
+        "train.max_grad_norm=null", "model.vocabulary=used",
     ]  # fmt: skip
 
 
@@ -106,7 +107,7 @@ def peer(name: str, steps: int) -> Run:
             arguments = TrainingArguments(
                 output_dir=folder, max_steps=steps, per_device_train_batch_size=BATCH, use_cpu=True,
                 learning_rate=spec.train.learning_rate, seed=spec.train.seed, bf16=name == "trainer-bf16",
-                report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+                max_grad_norm=0.0, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
             )  # fmt: skip
             Trainer(
                 model=model,

@@ -354,5 +354,5 @@ FAMILIES: Mapping[str, Family] = {
     "smollm3": _llama(),
 }
 
-FIRST_TOKEN = frozenset({"bert", "roberta", "xlm-roberta", "electra", "distilbert"})
-"""Families whose classifiers read the last layer's first token alone (launch.first_token)."""
+ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "electra", "distilbert"})
+"""Families whose layers end in norms, and whose classifiers read the last one's first token alone."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
-from launch.families import FIRST_TOKEN
+from launch.families import ENCODERS
 
 KERNELS = ("sdpa", "eager")
 """Attention that takes fewer queries than keys, with a mask that has a row for each query."""
@@ -28,7 +28,7 @@ def narrow_last_layer(model: PreTrainedModel) -> None:
     other; other models stay as they are. Before an adapter or an engine wraps it."""
     config = model.config
     if (
-        config.model_type not in FIRST_TOKEN
+        config.model_type not in ENCODERS
         or not type(model).__name__.endswith("ForSequenceClassification")
         or config._attn_implementation not in KERNELS
         or getattr(config, "is_decoder", False)

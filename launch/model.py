@@ -24,6 +24,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from launch.config import AdapterSpec, ModelSpec, TrainSpec
 from launch.errors import SpecError
 from launch.first_token import narrow_last_layer
+from launch.hidden import carry_narrow
 from launch.layers import freeze
 from launch.packing import check_packable
 
@@ -91,6 +92,8 @@ def build_model(
         check_packable(model, spec.data.max_length)
     if spec.adapter is not None:
         model = add_adapter(model, spec.adapter, spec.model.task, missing, spec.train.seed)
+    else:
+        carry_narrow(model)
     freeze(model, spec.train.freeze)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -29,15 +29,21 @@ class Numbers:
     hidden: int
     """Of hidden states between the layers."""
     autocast: bool = False
-    """fp32 weights, cast for each product: what goes in is cast for each product, too."""
+    """fp32 weights, cast for each product: what goes in is cast for each product, too, if it is not of that type."""
 
     @property
     def weight(self) -> int:
         return FP32 if self.autocast else self.compute
 
+    @property
+    def casts_inputs(self) -> bool:
+        return self.autocast and self.hidden != self.compute
+
 
 WHOLE = Numbers(FP32, FP32)
 AUTOCAST = Numbers(BF16, FP32, autocast=True)
+CARRIED = Numbers(BF16, BF16, autocast=True)
+"""Autocast on a CPU, in encoders without an adapter (launch.hidden)."""
 HALF = Numbers(BF16, BF16)
 """bf16 weights: DeepSpeed's bf16 and fp16."""
 
@@ -77,7 +83,7 @@ def kept_of_last(of: Traits, at: Setting) -> dict[str, float]:
     """What the last layer keeps where it is computed for the first token alone (launch.first_token): of every token
     what its keys and values are made of, they themselves, and a score a head; of the first one all of `kept`."""
     numbers, e = at.numbers, at.numbers.compute
-    read = 2 * of.hidden * e if numbers.autocast else of.hidden * numbers.hidden
+    read = 2 * of.hidden * e if numbers.casts_inputs else of.hidden * numbers.hidden
     written = scores_are_written(of, at)
     masked = at.attention == "sdpa" and (written or at.padded)
     return {
@@ -104,10 +110,11 @@ def _norms(of: Traits, at: Setting) -> float:
     return hidden + width * (copy + at.numbers.compute * (not at.lora)) + FP32 * (of.heads + of.kv_heads)
 
 
-def norm(of: Traits, at: Setting, width: int) -> float:
-    """One norm: its input, and for RMSNorm, which is written out in fp32, the normalised values that the gradient of
-    its weight needs. What it gives is counted with the products that it goes into."""
-    here = at.numbers.hidden
+def norm(of: Traits, at: Setting, width: int, *, first: bool = False) -> float:
+    """One norm, or the embeddings' own (`first`): its input, and for RMSNorm, which is written out in fp32, the
+    normalised values that the gradient of its weight needs. What it gives is counted with the products that it goes
+    into."""
+    here = at.numbers.weight if first else at.numbers.hidden  # the tables' type
     if of.norm == "layer" or at.fused:
         return here * width + 2 * FP32
     normalised = FP32 if of.softcap or of.activation == "gelu_pytorch_tanh" else here
@@ -115,10 +122,10 @@ def norm(of: Traits, at: Setting, width: int) -> float:
 
 
 def _inputs(of: Traits, at: Setting) -> float:
-    """What goes into the products that norms stand before. Under autocast each product casts a copy of its own."""
+    """What goes into the products that norms stand before. Under autocast each product may cast a copy of its own."""
     numbers = at.numbers
     readers = (1 if of.fused_qkv else 3, 2 if of.gated else 1)
-    if numbers.autocast:
+    if numbers.casts_inputs:
         return sum(readers) * of.hidden * numbers.compute
     return len(readers) * of.hidden * numbers.hidden
 
@@ -152,8 +159,10 @@ def scores_are_written(of: Traits, at: Setting) -> bool:
 def scores(of: Traits, at: Setting) -> float:
     """Bytes of a score that is written out: the softmax, and after dropout the mask and the result."""
     e, eager = at.numbers.compute, at.attention == "eager"
-    # Decoders take the softmax in fp32; encoders where a mask of fp32, or autocast, brings that about.
-    softmax = FP32 if (eager and of.causal) or (at.numbers.autocast and (eager or at.device == "cuda")) else e
+    # Decoders take the softmax in fp32; encoders where a mask of fp32 (of the hidden states' type), or autocast on a
+    # GPU, brings that about.
+    upcast = at.numbers.autocast and at.device == "cuda"
+    softmax = FP32 if upcast or (eager and (of.causal or at.numbers.casts_inputs)) else e
     capped = e if of.softcap else 0
     if not (at.dropout and of.attention_dropout > 0):
         return capped + softmax + (e if softmax != e else 0)
@@ -193,8 +202,8 @@ def ends(of: Traits, at: Setting, *, first_token: bool = False) -> float:
     here = at.numbers.hidden
     if of.post_norm:
         # The pooler looks at the first token, and keeps all that it is given where it does not cast it.
-        last = 0 if at.numbers.autocast or first_token else here * of.hidden
-        return norm(of, at, of.embedding) + last + MASK * of.embedding * (at.dropout and of.dropout > 0)
+        last = 0 if at.numbers.casts_inputs or first_token else here * of.hidden
+        return norm(of, at, of.embedding, first=True) + last + MASK * of.embedding * (at.dropout and of.dropout > 0)
     return norm(of, at, of.hidden) + MASK * of.hidden * (at.dropout and of.dropout > 0)
 
 

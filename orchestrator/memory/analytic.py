@@ -12,12 +12,13 @@ from typing import cast
 from launch.config import LossMode, Precision, TrainSpec
 from launch.contract import Device
 from launch.engine_config import PERSISTENT_ELEMENTS
-from launch.families import FIRST_TOKEN, Traits
+from launch.families import ENCODERS, Traits
 from launch.footprint_record import Curve, Footprint, Passes
 from launch.shape import ModelShape, Trained, trained
 from orchestrator.memory.activations import (
     AUTOCAST,
     BF16,
+    CARRIED,
     FP32,
     HALF,
     WHOLE,
@@ -157,10 +158,15 @@ def _buffers(shape: ModelShape) -> int:
     return FP32 * of.head_dim
 
 
-def numbers_of(precision: Precision, *, native: bool) -> Numbers:
+def numbers_of(precision: Precision, *, native: bool, carried: bool = False) -> Numbers:
     if precision == "fp32":
         return WHOLE
-    return HALF if native else AUTOCAST
+    return HALF if native else CARRIED if carried else AUTOCAST
+
+
+def is_encoder(shape: ModelShape) -> bool:
+    """Whether launch does for it what it does for an encoder's classifier."""
+    return shape.task == "sequence-classification" and shape.model_type in ENCODERS
 
 
 def _passes(
@@ -173,8 +179,9 @@ def _passes(
     checkpointing: bool,
     loss: LossMode,
 ) -> Passes:
+    carried = device == "cpu" and is_encoder(shape) and spec.adapter is None
     setting = Setting(
-        numbers=numbers_of(spec.train.precision, native=native),
+        numbers=numbers_of(spec.train.precision, native=native, carried=carried),
         length=length_of(shape, spec),
         attention=attention_of(shape, spec),
         device=device,
@@ -247,7 +254,7 @@ def parts_of(
         gradient=size,
         checkpointing=checkpointing,
         loss=loss,
-        first_token=not language and shape.model_type in FIRST_TOKEN and setting.attention != "flash",
+        first_token=is_encoder(shape) and setting.attention != "flash",
     )
 
 

@@ -12,8 +12,9 @@ from launch.config import AdapterSpec, Task
 from launch.contract import ExecutionPlan
 from launch.first_token import narrow_last_layer
 from launch.footprint_record import Footprint
+from launch.hidden import carry_narrow
 from launch.shape import ModelShape, shape_of_config, trained
-from orchestrator.memory.activations import AUTOCAST, HALF, WHOLE, Numbers, Setting, ends, kept, kept_of_last
+from orchestrator.memory.activations import AUTOCAST, CARRIED, HALF, WHOLE, Numbers, Setting, ends, kept, kept_of_last
 from orchestrator.memory.analytic import CHUNK_BYTES, footprint
 from orchestrator.memory.estimate import predict
 from tests.builders import a_training_job
@@ -32,6 +33,7 @@ ENCODER = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256
 PLAIN = ENCODER | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 GPT = {"n_embd": 64, "n_head": 4, "vocab_size": 64, "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
 ROWS, LENGTH = 4, 44
+NUMBERS = {"fp32": WHOLE, "native": HALF, "autocast": AUTOCAST, "carried": CARRIED}
 
 
 BERT = PLAIN | {"num_hidden_layers": 2}
@@ -58,6 +60,8 @@ def saved_bytes(config: Any, task: Task, numbers: Numbers, attention: str, *, na
     model = build.from_config(config, dtype=torch.bfloat16 if numbers is HALF else torch.float32).train()
     if narrow:
         narrow_last_layer(model)
+    if numbers is CARRIED:
+        carry_narrow(model)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     sizes = {tuple(sorted(weight.shape)) for weight in model.parameters()}  # of their casts, too
     ids = torch.zeros((ROWS, LENGTH), dtype=torch.int64)
@@ -73,7 +77,7 @@ def saved_bytes(config: Any, task: Task, numbers: Numbers, attention: str, *, na
 
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=numbers is AUTOCAST),
+        torch.autocast("cpu", torch.bfloat16, enabled=numbers.autocast),
     ):
         more = {} if task == CLASSES else {"use_cache": False}
         logits = model(input_ids=ids, attention_mask=mask, **more).logits
@@ -82,37 +86,40 @@ def saved_bytes(config: Any, task: Task, numbers: Numbers, attention: str, *, na
     return total
 
 
-@pytest.mark.parametrize("numbers", [WHOLE, HALF, AUTOCAST], ids=["fp32", "native", "autocast"])
+CASES: list[tuple[str, Task, dict[str, Any], str]] = [
+    ("bert", CLASSES, PLAIN, "sdpa"),
+    ("bert", CLASSES, PLAIN, "eager"),
+    ("gpt2", TOKENS, GPT, "sdpa"),
+    ("llama", TOKENS, DECODER, "sdpa"),
+    ("llama", TOKENS, DECODER, "eager"),
+    ("qwen3", TOKENS, DECODER | {"head_dim": 16}, "sdpa"),
+    ("gemma", TOKENS, DECODER | {"head_dim": 16}, "sdpa"),
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "task", "sizes", "attention"),
-    [
-        ("bert", CLASSES, PLAIN, "sdpa"),
-        ("gpt2", TOKENS, GPT, "sdpa"),
-        ("llama", TOKENS, DECODER, "sdpa"),
-        ("llama", TOKENS, DECODER, "eager"),
-        ("qwen3", TOKENS, DECODER | {"head_dim": 16}, "sdpa"),
-        ("gemma", TOKENS, DECODER | {"head_dim": 16}, "sdpa"),
-    ],
+    ("numbers", "kind", "task", "sizes", "attention"),
+    [(numbers, *case) for numbers in NUMBERS for case in CASES if numbers != "carried" or case[1] == CLASSES],
 )
-def test_what_a_layer_keeps(kind: str, task: Task, sizes: dict[str, Any], attention: str, numbers: Numbers) -> None:
+def test_what_a_layer_keeps(numbers: str, kind: str, task: Task, sizes: dict[str, Any], attention: str) -> None:
     shape = shape_of_config({"model_type": kind, **sizes}, task)
     assert shape is not None
-    at = Setting(numbers=numbers, length=LENGTH, attention=attention, device="cpu")
-    found = kept_by_torch(kind, task, sizes, numbers, attention)
+    at = Setting(numbers=NUMBERS[numbers], length=LENGTH, attention=attention, device="cpu")
+    found = kept_by_torch(kind, task, sizes, NUMBERS[numbers], attention)
     assert sum(kept(shape.traits, at).values()) == pytest.approx(found, rel=0.03)
 
 
-@pytest.mark.parametrize("numbers", [WHOLE, HALF, AUTOCAST], ids=["fp32", "native", "autocast"])
+@pytest.mark.parametrize("numbers", NUMBERS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("kind", "sizes"), [("bert", BERT), ("distilbert", DISTILBERT)])
 def test_what_a_last_layer_for_the_first_token_keeps_less(
-    kind: str, sizes: dict[str, Any], attention: str, numbers: Numbers
+    kind: str, sizes: dict[str, Any], attention: str, numbers: str
 ) -> None:
     shape = shape_of_config({"model_type": kind, **sizes}, CLASSES)
     assert shape is not None
-    at = Setting(numbers=numbers, length=LENGTH, attention=attention, device="cpu")
+    at = Setting(numbers=NUMBERS[numbers], length=LENGTH, attention=attention, device="cpu")
     whole, narrow = (
-        saved_bytes(AutoConfig.for_model(kind, **sizes), CLASSES, numbers, attention, narrow=narrow)
+        saved_bytes(AutoConfig.for_model(kind, **sizes), CLASSES, NUMBERS[numbers], attention, narrow=narrow)
         for narrow in (False, True)
     )
     layer, last = (sum(found(shape.traits, at).values()) for found in (kept, kept_of_last))
