@@ -1,14 +1,14 @@
 """Fine-tuning MiniLM on SMS Spam on this CPU: Tuneyard's loop beside the textbook's and transformers' Trainer.
 
-    python -m benchmarks.train [--steps 150] [--scaling-steps 40] [--repeats 2] [--without-trl]
+    python -m benchmarks.train [--steps 150] [--scaling-steps 40] [--repeats 2] [--seeds 3] [--without-trl]
 
 Same model, rows, split, steps, batch of 16, learning rate, seed and cores for all; each in a process of its own. The
 textbook loop pads every row to 128 tokens, in fp32, with AdamW as it comes and no clipping of gradients, so nobody
 clips; the Trainer runs with its defaults beside that (pads to the longest row of a batch, fp32) and with bf16; Tuneyard
-trains the part of the vocabulary that the data use.
-Samples/s are over the training loop alone, from the end of the first step to the end of the last; macro-F1 is over the
-same test rows. Then, at a global batch of 64, two processes (DDP, ZeRO-2) beside one process that uses both cores.
-Last, a LoRA adapter beside TRL (benchmarks/train_trl.py).
+trains the part of the vocabulary that the data use. Samples/s are over the training loop alone, from the end of the
+first step to the end of the last; macro-F1 is over the same test rows, and the mean of `--seeds` trainings, for one
+differs from the next by as much as it may be lower. Then, at a global batch of 64, two processes (DDP, ZeRO-2) beside
+one process that uses both cores. Last, a LoRA adapter beside TRL (benchmarks/train_trl.py).
 
 A shared machine slows any run for some seconds at a time. So all of them run `--repeats` times, in turn, each repeat
 the same steps on the same rows, and a step takes what it took in its fastest repeat: the same rule for everybody.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,15 +46,16 @@ LIMITS = {
 F1_TOLERANCE = 0.01
 
 
-def overrides(steps: int, precision: str) -> list[str]:
+def overrides(steps: int, precision: str, seed: int = 0) -> list[str]:
     return [
-        "strategy=single", f"train.precision={precision}", f"train.max_steps={steps}", "train.eval_every=null",
+        "strategy=single", f"train.seed={seed}", f"train.precision={precision}", f"train.max_steps={steps}",
+        "train.eval_every=null",
         f"train.global_batch_size={BATCH}", f"train.micro_batch_size={BATCH}", f"data.max_length={PADDED}",
         "train.max_grad_norm=null", "model.vocabulary=used",
     ]  # fmt: skip
 
 
-def peer(name: str, steps: int) -> Run:
+def peer(name: str, steps: int, seed: int) -> Run:
     """Train by a peer's loop, in this process."""
     import numpy as np
     import torch
@@ -63,7 +65,7 @@ def peer(name: str, steps: int) -> Run:
     from launch.model import load_tokenizer
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    spec = load_train_spec(read_document(EXAMPLE, overrides(steps, "fp32")))
+    spec = load_train_spec(read_document(EXAMPLE, overrides(steps, "fp32", seed)))
     tokenizer = load_tokenizer(spec.model)
     corpus = load_corpus(spec, tokenizer)
     assert corpus.test is not None
@@ -126,8 +128,8 @@ def peer(name: str, steps: int) -> Run:
     return Run(marks, f1)
 
 
-def peer_in_a_process(name: str, steps: int) -> Run:
-    command = [sys.executable, "-m", "benchmarks.train", "--peer", name, "--steps", str(steps)]
+def peer_in_a_process(name: str, steps: int, seed: int) -> Run:
+    command = [sys.executable, "-m", "benchmarks.train", "--peer", name, "--steps", str(steps), "--seed", str(seed)]
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     told = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
     if told.returncode:
@@ -140,11 +142,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--scaling-steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3, help="trainings whose macro-F1 are averaged")
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--without-trl", action="store_true", help="leave the causal language model out")
     parser.add_argument("--peer", choices=("textbook", "trainer", "trainer-bf16"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:
-        print(json.dumps(peer(options.peer, options.steps)))
+        print(json.dumps(peer(options.peer, options.steps, options.seed)))
         return
     runs: dict[str, list[Run]] = {}
     at_64 = [
@@ -158,26 +162,39 @@ def main() -> None:
             sets = [*at_64, f"strategy={engine}", f"train.micro_batch_size={64 // processes}"]
             return ours(EXAMPLE, folder, name, sets, processes)
 
-        contenders: dict[str, Callable[[], Run]] = {
-            "ours-bf16": lambda: ours(EXAMPLE, folder, "ours-bf16", overrides(options.steps, "bf16")),
-            "trainer": lambda: peer_in_a_process("trainer", options.steps),
-            "ours-fp32": lambda: ours(EXAMPLE, folder, "ours-fp32", overrides(options.steps, "fp32")),
-            "trainer-bf16": lambda: peer_in_a_process("trainer-bf16", options.steps),
-            "textbook": lambda: peer_in_a_process("textbook", options.steps),
-            "one-64": lambda: gang("one-64", "single", 1),
-            "ddp-64": lambda: gang("ddp-64", "ddp", 2),
-            "zero2-64": lambda: gang("zero2-64", "zero2", 2),
+        def alone(precision: str, seed: int) -> Run:
+            name = f"ours-{precision}-{seed}"
+            return ours(EXAMPLE, folder, name, overrides(options.steps, precision, seed))
+
+        contenders: dict[str, Callable[[int], Run]] = {
+            "ours-bf16": lambda seed: alone("bf16", seed),
+            "trainer": lambda seed: peer_in_a_process("trainer", options.steps, seed),
+            "ours-fp32": lambda seed: alone("fp32", seed),
+            "trainer-bf16": lambda seed: peer_in_a_process("trainer-bf16", options.steps, seed),
+            "textbook": lambda seed: peer_in_a_process("textbook", options.steps, seed),
         }
-        for repeat in range(options.repeats):
+        gangs: dict[str, Callable[[int], Run]] = {
+            "one-64": lambda _: gang("one-64", "single", 1),
+            "ddp-64": lambda _: gang("ddp-64", "ddp", 2),
+            "zero2-64": lambda _: gang("zero2-64", "zero2", 2),
+        }
+
+        def told(name: str, run: Run) -> Run:
+            rate = speed([run.marks], 64 if name in gangs else BATCH)
+            print(f"{name:<14} {rate:7.1f} samples/s  macro-F1 {run.f1_macro:.4f}", file=sys.stderr)
+            return run
+
+        for _ in range(options.repeats):
+            for name, train in (contenders | gangs).items():
+                runs.setdefault(name, []).append(told(name, train(0)))
+        by_seed = {name: [runs[name][0].f1_macro] for name in contenders}
+        for seed in range(1, options.seeds):
             for name, train in contenders.items():
-                runs.setdefault(name, []).append(train())
-                rate = speed([runs[name][-1].marks], 64 if name.endswith("-64") else BATCH)
-                f1 = runs[name][-1].f1_macro
-                print(f"{repeat + 1}  {name:<14} {rate:7.1f} samples/s  macro-F1 {f1:.4f}", file=sys.stderr)
+                by_seed[name].append(told(name, train(seed)).f1_macro)
     rate = {
         name: speed([run.marks for run in found], 64 if name.endswith("-64") else BATCH) for name, found in runs.items()
     }
-    f1 = {name: found[0].f1_macro for name, found in runs.items() if not name.endswith("-64")}
+    f1 = {name: statistics.mean(found) for name, found in by_seed.items()}
     figures: dict[str, Any] = {
         "vs_textbook_ratio": rate["ours-bf16"] / rate["textbook"],
         "vs_trainer_default_ratio": rate["ours-bf16"] / rate["trainer"],
@@ -189,6 +206,7 @@ def main() -> None:
     figures = {name: round(value, 2) for name, value in figures.items()}
     peers = max(f1["textbook"], f1["trainer"], f1["trainer-bf16"])
     figures["f1_macro"] = {name: round(value, 4) for name, value in f1.items()}
+    figures["f1_macro_by_seed"] = {name: [round(one, 4) for one in found] for name, found in by_seed.items()}
     figures["samples_per_s"] = {name: round(value, 1) for name, value in rate.items()}
     figures["f1_no_lower"] = min(f1["ours-bf16"], f1["ours-fp32"]) >= peers - F1_TOLERANCE
     limits = dict(LIMITS)
