@@ -14,6 +14,8 @@ from launch.contract import Device
 from launch.families import Traits
 
 Attention = Literal["eager", "sdpa", "flash"]
+SHORT = 32
+"""Scores a row, below which launch.dropout takes the softmax in fp32."""
 MASK = 1
 """Bytes of an element that dropout has drawn."""
 FP32 = 4
@@ -160,9 +162,10 @@ def scores(of: Traits, at: Setting) -> float:
     """Bytes of a score that is written out: the softmax, and after dropout the mask and the result."""
     e, eager = at.numbers.compute, at.attention == "eager"
     # Decoders take the softmax in fp32; encoders where a mask of fp32 (of the hidden states' type), or autocast on a
-    # GPU, brings that about.
+    # GPU, brings that about; and launch.dropout where rows are short.
     upcast = at.numbers.autocast and at.device == "cuda"
-    softmax = FP32 if upcast or (eager and (of.causal or at.numbers.casts_inputs)) else e
+    short = at.length < SHORT and not eager
+    softmax = FP32 if upcast or short or (eager and (of.causal or at.numbers.casts_inputs)) else e
     capped = e if of.softcap else 0
     if not (at.dropout and of.attention_dropout > 0):
         return capped + softmax + (e if softmax != e else 0)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import launch.dropout
-from launch.dropout import Dropout, attention, drop_cheaply, dropped
+from launch.dropout import Dropout, attention, drop_cheaply, dropped, softmax
 from tests.worlds import write_bert, write_gpt2, write_llama
 
 
@@ -98,6 +98,27 @@ def test_attention_is_sdpas_where_nothing_falls(
     torch.testing.assert_close(*((found, expected) if kind == "bert" else (found[there], expected[there])))
     assert sum(p > 0 for p in calls) >= 2, "each layer's attention drops"
     assert not [m for m in model.modules() if type(m) is nn.Dropout]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 7, 15, 16, 17, 31, 32, 45])
+def test_softmax_is_torchs(length: int, dtype: torch.dtype) -> None:
+    """And so is its gradient; rows in which nothing is to be looked at are even, as there."""
+    torch.manual_seed(0)
+    scores = (3 * torch.randn(2, 3, 5, length)).to(dtype)
+    scores[0, 0, 0, length // 2 :] = torch.finfo(dtype).min
+    scores[1, 1, 1] = torch.finfo(dtype).min
+    towards = torch.randn(2, 3, 5, length)
+    exact, ours = scores.double().requires_grad_(), scores.clone().requires_grad_()
+    expected, found = exact.softmax(dim=-1), softmax(ours)
+    assert found.shape == scores.shape
+    (expected * towards).sum().backward()
+    (found * towards).sum().backward()
+    assert exact.grad is not None
+    assert ours.grad is not None
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 5e-3}
+    torch.testing.assert_close(found.double(), expected, **close)
+    torch.testing.assert_close(ours.grad.double(), exact.grad, **close)
 
 
 def test_what_it_does_not_know_it_leaves_alone(monkeypatch: pytest.MonkeyPatch) -> None:
