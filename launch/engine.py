@@ -27,6 +27,7 @@ from launch.errors import ContractError, SpecError
 from launch.host import resident_bytes
 from launch.layers import RATE_FACTOR, by_layer
 from launch.model import weight_decay_groups
+from launch.nearby import average_nearby
 from launch.optimisation import WHOLE_WEIGHTS
 from launch.optimizers import make_optimizer, state_bytes
 from launch.swap import take_folder
@@ -187,6 +188,8 @@ class PlainEngine:
         self.accelerator = accelerator
         self.module = model
         self._wrapped, self._optimizer = accelerator.prepare(model, optimizer)
+        if isinstance(self._wrapped, nn.parallel.DistributedDataParallel):
+            average_nearby(self._wrapped, plan)
         self._plan = plan
         self._max_grad_norm = max_grad_norm
 

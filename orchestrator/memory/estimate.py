@@ -25,6 +25,7 @@ from launch.engine_config import (
     DISK_PARAMETER_ELEMENTS,
     DISK_SUB_GROUP_ELEMENTS,
     LIVE_ELEMENTS,
+    NEARBY_BYTES,
 )
 from launch.footprint_record import Footprint, Passes
 
@@ -100,7 +101,8 @@ def predict(
     `save_buffer`: checkpoints are copied into host memory before they are written; `keep_best`: the best weights, too.
     `adapter_alone`: the base model is not part of what is exported. `memory_copies`: the state is copied into shared
     memory, twice, and where all ranks hold the same, those of a host divide it (launch.checkpoint.memory). `local`: the
-    ranks that share a host; one of them exports, and each is counted with its part of that.
+    ranks that share a host; one of them exports, and each is counted with its part of that. If these are all ranks of a
+    ddp on a CPU, each sees what they share for averaging gradients (launch.nearby).
 
     Raises:
         KeyError: the footprint has no passes for the plan's precision and checkpointing.
@@ -119,6 +121,8 @@ def predict(
     if memory_copies:
         best = FP32 * footprint.trainable if keep_best else 0
         host["memory_copies"] = 2 * (rank.saved + best) / (rank.shares if rank.stage else local)
+    if plan.device == "cpu" and plan.engine == "ddp" and local == plan.world_size:
+        host["exchange"] = 2 * local * min(NEARBY_BYTES, rank.gradients)
     if plan.device == "cpu":
         return Predicted(device=_worst(rank.moments()), host=_worst({"steady": host}))
     device = {name: rank.on_cuda(items) for name, items in rank.moments().items() if name != "export"}

@@ -46,6 +46,7 @@ STAYS = frozenset(
         "settled",
         "checkpoint_buffer",
         "best_weights",
+        "exchange",
     }
 )
 """Lines of a breakdown that are known exactly; everything else comes and goes."""

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.contract import ExecutionPlan
+from launch.engine_config import NEARBY_BYTES
 from launch.footprint_record import Footprint, Line, Passes
 from orchestrator.memory.estimate import (
     CUDA_CONTEXT,
@@ -192,6 +193,23 @@ def test_two_copies_in_memory_are_a_part_of_the_state_each(engine: str, world: i
     assert "memory_copies" not in predict(a_footprint(), plan, local=local).host.breakdown
     best = predict(a_footprint(), plan, memory_copies=True, keep_best=True, local=local).host
     assert millions(best, "memory_copies") == [2 * each * 640 / 480]
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "local", "each"),
+    [
+        ("ddp", "cpu", 4, 4),
+        ("ddp", "cpu", 2, 0),
+        ("ddp", "cuda", 4, 0),
+        ("zero2", "cpu", 4, 0),
+        ("single", "cpu", 1, 0),
+    ],
+)
+def test_ranks_on_one_host_see_what_they_average_gradients_in(engine: str, device: str, local: int, each: int) -> None:
+    host = predict(a_footprint(), a_plan(engine, device=device), local=local).host
+    assert host.breakdown.get("exchange", 0) == each * 2 * NEARBY_BYTES
+    little = predict(a_footprint(trainable=1000), a_plan(engine, device=device), local=local).host
+    assert little.breakdown.get("exchange", 0) == each * 2 * 4000
 
 
 @pytest.mark.parametrize(("local", "precision", "width"), [(1, "fp32", 4), (4, "fp32", 4), (4, "bf16", 2)])
