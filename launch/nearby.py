@@ -43,16 +43,17 @@ class Nearby:
         file = _made()
         try:
             # The memory has no name, and is free when nobody maps it any more, however a rank ends.
-            places = _everyones(file and (os.getpid(), file))
+            places = _everyones((os.getpid(), file) if file is not None else None)
             if None in places:
                 return None
-            slots = [_mapped(f"/proc/{process}/fd/{there}") for process, there in places]
-            if not all(_everyones(None not in slots)):
+            found = [_mapped(f"/proc/{process}/fd/{there}") for process, there in places]
+            slots = [slot for slot in found if slot is not None]
+            if not all(_everyones(len(slots) == len(found))):
                 return None
         finally:
             if file is not None:
                 os.close(file)
-        return Nearby(rank, [slot for slot in slots if slot is not None])
+        return Nearby(rank, slots)
 
     def bucket(self, gradients: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
         """What DistributedDataParallel expects of the average of its bucket of `gradients`."""
