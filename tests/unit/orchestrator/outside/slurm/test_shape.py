@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
+from launch.engine_config import NEARBY_BYTES
 from launch.shape import shape_of_config
 from orchestrator.cluster.model import Node
 from orchestrator.errors import DoesNotFitError, ImpossibleGangError
 from orchestrator.job.spec import AnyJob, TrainingJob, dump_job
 from orchestrator.memory.options import kinds_of, ways
 from orchestrator.memory.sizing import sizing_of
-from orchestrator.outside.shape import BESIDE, MIB, Shape, Words, shape_of
+from orchestrator.outside.shape import BESIDE, MIB, ROOM, Shape, Words, shape_of
 from orchestrator.outside.slurm.commands import gres_of, parse_node
 from orchestrator.outside.slurm.options import SlurmOptions
 from tests.builders import a_command_job, a_training_job
@@ -122,7 +123,9 @@ def test_memory_decides_how_many_go_onto_a_node() -> None:
     assert roomy.memory_mb is not None
     spread = shaped(job, nodes(memory=256_000), sizing, nodes=2)
     assert (spread.nodes, spread.per_node) == (2, 1)
-    assert spread.memory_mb == pytest.approx((roomy.memory_mb + BESIDE // MIB) / 2, abs=1)
+    nearby = ROOM * 2 * 2 * NEARBY_BYTES // MIB  # on one node each of two ranks sees both's slots (launch.nearby)
+    assert spread.memory_mb is not None
+    assert spread.memory_mb + nearby == pytest.approx((roomy.memory_mb + BESIDE // MIB) / 2, abs=0.05 * nearby)
     tight = shaped(job, nodes(memory=20_000), sizing)
     assert (tight.nodes, tight.per_node) == (2, 1)
     assert tight.memory_mb is not None
