@@ -17,8 +17,8 @@ from launch.contract import Device, ExecutionPlan, NodeShare
 BUCKET_ELEMENTS = 20_000_000
 """Gradients reduced at once; ZeRO holds buffers of this size beside the gradients."""
 NEARBY_BYTES = 1 << 23
-"""What goes from rank to rank at a time in memory that they share (launch.nearby); each rank has two such slots. A
-quarter of it took as long as sockets do: ranks wait for each other twice a piece."""
+"""What goes from rank to rank at a time in memory that they share (launch.nearby); each rank has two such slots. An
+eighth of it took longer than sockets do: ranks wait for each other twice a piece."""
 LIVE_ELEMENTS = 1_000_000_000
 """ZeRO-3 keeps so much of what it has gathered for the backward pass. (With less, DeepSpeed 0.19 has been seen to fail
 with adapters: "tracing error".)"""
