@@ -24,7 +24,8 @@ def contract_alone(config: Path, overrides: Sequence[str], output: Path | None, 
     of its own, and goes on from the checkpoints of those before: its number is found when it begins.
 
     Raises:
-        SpecError: a fault in the job file, or a strategy that does not fit the number of processes.
+        SpecError: a fault in the job file, a strategy that does not fit the number of processes, or a precision that
+            each host would choose for itself.
     """
     spec = load_train_spec(read_document(config, overrides))
     if spec.strategy == "single" and world_size != 1:
@@ -37,6 +38,14 @@ def contract_alone(config: Path, overrides: Sequence[str], output: Path | None, 
         )
     run_dir = config.resolve().parent / "runs" / spec.name
     model_dir = output.resolve() if output else Path(spec.output_dir) if spec.output_dir else run_dir / "model"
+    if spec.train.precision == "auto" and world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
+        raise SpecError(
+            "train.precision: auto, and processes on several hosts, which may differ",
+            code="precision-undecided",
+            field="train.precision",
+            file=config,
+            hint="say bf16 or fp32; or let a yard plan the job",
+        )
     share = NodeShare(node=socket.gethostname(), address="127.0.0.1", processes=world_size)
     return RunContract(
         run_id=f"{spec.name}.{ALONE}",
@@ -56,6 +65,8 @@ def contract_alone(config: Path, overrides: Sequence[str], output: Path | None, 
 
 def plan_alone(spec: TrainSpec, world_size: int, device: Device) -> ExecutionPlan:
     """The plan that the job file itself spells out."""
+    from launch.precision import has_bf16
+
     assert spec.strategy != "auto"
     rows = -(-spec.train.global_batch_size // world_size)
     micro_batch = min(spec.train.micro_batch_size or DEFAULT_MICRO_BATCH, rows)
@@ -65,7 +76,7 @@ def plan_alone(spec: TrainSpec, world_size: int, device: Device) -> ExecutionPla
         device=device,
         micro_batch_size=micro_batch,
         gradient_accumulation_steps=micro_steps(spec.train.global_batch_size, world_size, micro_batch),
-        precision=spec.train.precision,
+        precision=spec.train.precision_on(bf16=has_bf16(device)),
         offload=spec.offload or "none",
         offload_path=spec.offload_path if spec.offload else None,
         activation_checkpointing=bool(spec.train.activation_checkpointing),

@@ -30,6 +30,7 @@ from launch.model import weight_decay_groups
 from launch.nearby import average_nearby
 from launch.optimisation import WHOLE_WEIGHTS
 from launch.optimizers import make_optimizer, state_bytes
+from launch.precision import check_precision
 from launch.swap import take_folder
 
 
@@ -82,13 +83,7 @@ def make_accelerator(plan: ExecutionPlan, optim: OptimSpec, trackers: tuple[str,
         SpecError: a precision that the device does not have, or a disk for offloading that the node does not have.
         ContractError: the launcher's environment would turn the plan into something else.
     """
-    if plan.precision == "fp16" and plan.device == "cpu":
-        raise SpecError(
-            "fp16 needs a GPU; a CPU has no fast arithmetic for it",
-            code="precision-not-available",
-            field="train.precision",
-            hint="take bf16 or fp32",
-        )
+    check_precision(plan)
     absent = [tracker for tracker in trackers if not _installed(tracker)]
     if absent:
         raise SpecError(

@@ -143,7 +143,7 @@ def write_report(
     if outcome.samples:
         texts = [json.dumps(sample._asdict(), ensure_ascii=False) for sample in outcome.samples]
         (directory / "samples.jsonl").write_text("".join(text + "\n" for text in texts), encoding="utf-8")
-    (directory / "README.md").write_text(model_card(spec, outcome, versions), encoding="utf-8")
+    (directory / "README.md").write_text(model_card(record, outcome), encoding="utf-8")
 
 
 def plot_curve(curve: Sequence[ProgressLine], path: Path) -> None:
@@ -167,12 +167,9 @@ def plot_curve(curve: Sequence[ProgressLine], path: Path) -> None:
     pyplot.close(figure)
 
 
-def model_card(
-    spec: TrainSpec,
-    outcome: Outcome,
-    versions: dict[str, str],
-) -> str:
+def model_card(record: RunRecord, outcome: Outcome) -> str:
     """Markdown with the front matter that model hubs read."""
+    spec, versions = record.spec, record.surroundings.versions
     base = (
         Path(spec.model.name_or_path).name if Path(spec.model.name_or_path).is_absolute() else spec.model.name_or_path
     )
@@ -205,7 +202,7 @@ def model_card(
             f"# {spec.name}",
             "",
             f"`{base}`, fine-tuned for {spec.model.task}: {steps}global batch {optim.global_batch_size} {rows}, "
-            f"{optim.optimizer}, learning rate {optim.learning_rate:g} ({optim.schedule}), {optim.precision}, "
+            f"{optim.optimizer}, learning rate {optim.learning_rate:g} ({optim.schedule}), {record.plan.precision}, "
             f"{adapter}, seed {optim.seed}.{best}",
             *absent,
             "",

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from launch import dropout
 from launch.attempt import ExitCode
-from launch.config import LossMode, TrainSpec, load_train_spec
+from launch.config import LossMode, Precision, TrainSpec, load_train_spec
 from launch.contract import Device
 from launch.data import Batch
 from launch.document import read_document
@@ -51,6 +51,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Mode(NamedTuple):
     """What is traced apart."""
 
+    precision: Precision
     native: bool
     checkpointing: bool
     loss: LossMode
@@ -126,12 +127,12 @@ def modes(spec: TrainSpec) -> Iterator[Mode]:
     )
     # Under autocast too, for ZeRO: where nothing is cast the two are the same.
     natives = {"single": (False,), "ddp": (False,), "auto": (False, True)}.get(spec.strategy, (True,))
-    for native in natives if wish.precision != "fp32" else (False,):
-        for checkpointing in (
-            (False, True) if wish.activation_checkpointing is None else (wish.activation_checkpointing,)
-        ):
-            for loss in losses:
-                yield Mode(native, checkpointing, loss)
+    recompute = (False, True) if wish.activation_checkpointing is None else (wish.activation_checkpointing,)
+    for precision in wish.precisions:
+        for native in natives if precision != "fp32" else (False,):
+            for checkpointing in recompute:
+                for loss in losses:
+                    yield Mode(precision, native, checkpointing, loss)
 
 
 def rows_to_trace(spec: TrainSpec, length: int, vocabulary: int) -> tuple[int, ...]:
@@ -191,7 +192,7 @@ def passes_of(spec: TrainSpec, mode: Mode, rows: tuple[int, ...], length: int, d
         traced = [deeper(*pair, depth) for pair in zip(few, more, strict=True)]
     curves = [Curve(rows=rows, bytes=tuple(float(one[i]) for one in traced)) for i in range(5)]
     return Passes(
-        precision=spec.train.precision,
+        precision=mode.precision,
         native=mode.native,
         activation_checkpointing=mode.checkpointing,
         loss=traced[0].loss,
@@ -222,10 +223,10 @@ def traces(
     """One forward and backward pass for each of `rows`."""
     model = traced_model(spec, checkpointing=mode.checkpointing, device=device, layers=layers)
     if mode.native:
-        convert(model, DTYPES[spec.train.precision])
+        convert(model, DTYPES[mode.precision])
     model.train()
     objective = objective_of(spec, model, None, mode.loss)
-    engine = cast(Engine, TracedEngine(model, None if mode.native else DTYPES[spec.train.precision]))
+    engine = cast(Engine, TracedEngine(model, None if mode.native else DTYPES[mode.precision]))
     ledger = Ledger(BUCKET_ELEMENTS)
     for tensor in (*model.parameters(), *model.buffers()):
         ledger.ignore(tensor)

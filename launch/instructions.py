@@ -26,4 +26,4 @@ def multiplies_bf16(cpuinfo: Path = CPUINFO) -> bool:
 
 
 SLOW_BF16 = "this CPU has no instructions for bf16: products take several times as long as in fp32"
-USE_FP32 = "take train.precision: fp32 for what trains on such CPUs"
+USE_FP32 = "take train.precision: auto or fp32 for what trains on such CPUs"

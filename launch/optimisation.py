@@ -99,7 +99,8 @@ class OptimSpec(Section):
     lion_beta2: float = Field(0.99, ge=0, lt=1)
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Clip the global gradient norm; null does not clip."""
-    precision: Precision = "fp32"
+    precision: Precision | Literal["auto"] = "fp32"
+    """auto: bf16 where the hardware multiplies it, on every node that the job may run on; else fp32."""
     activation_checkpointing: bool | None = None
     """Recompute activations in the backward pass: less memory, about a third more compute. null lets the planner
     choose: only where it would not fit otherwise."""
@@ -129,6 +130,17 @@ class OptimSpec(Section):
     """When a step's loss is infinite or not a number: fail, or leave the step out (and fail after ten in a row)."""
     divergence: Divergence | None = None
     """Watch for a loss that explodes; null does not."""
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """What a plan may choose from."""
+        return ("fp32", "bf16") if self.precision == "auto" else (self.precision,)
+
+    def precision_on(self, *, bf16: bool) -> Precision:
+        """What the training computes in, where all hardware multiplies `bf16`, or not all of it."""
+        if self.precision != "auto":
+            return self.precision
+        return "bf16" if bf16 else "fp32"
 
     @model_validator(mode="after")
     def _length_is_given_once(self) -> OptimSpec:

@@ -51,6 +51,7 @@ def a_node(
     gpu_memory_gib: float | None = None,
     rack: str | None = None,
     spine: str | None = None,
+    bf16: bool = False,
 ) -> Node:
     gpu_bytes = None if gpu_memory_gib is None else int(gpu_memory_gib * 2**30)
     return Node(
@@ -61,6 +62,7 @@ def a_node(
         cpu_slots=slots,
         memory_bytes=None if memory_gib is None else int(memory_gib * 2**30),
         gpus=tuple(Gpu(index=index, type=gpu_type, memory_bytes=gpu_bytes) for index in range(gpus)),
+        bf16=bf16,
         labels={label: name for label, name in ((RACK_LABEL, rack), (SPINE_LABEL, spine)) if name is not None},
     )
 

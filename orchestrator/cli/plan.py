@@ -21,6 +21,7 @@ from rich.text import Text
 from launch.contract import Device
 from launch.document import Document, read_document
 from launch.footprint_record import Footprint
+from launch.instructions import multiplies_bf16
 from launch.shape import ModelShape, read_shape
 from orchestrator.cli.files import JobFile, Overrides, told_where
 from orchestrator.cli.output import Format, Output, out, print_json, size
@@ -167,6 +168,7 @@ def this_machine() -> NodeKind:
             cpu_slots=cpu_slots(cores, Settings().cpu_slots),
             memory_bytes=psutil.virtual_memory().available,
             gpus=local_gpus(),
+            bf16=multiplies_bf16(),
         )
     )
 

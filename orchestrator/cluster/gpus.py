@@ -29,6 +29,8 @@ class GpuType:
     nvlink_gb_s: float
     """To all other GPUs together, both directions; 0 where there is none."""
     pcie: int
+    bf16: bool = True
+    """Whether it multiplies bf16: since Ampere (CUDA C++ programming guide, compute capability 8.0)."""
 
     @property
     def memory_bytes(self) -> int:
@@ -49,8 +51,8 @@ KNOWN = {
         GpuType("A10", 22.0, 125, 31.2, 600, 0, 4),
         GpuType("A10G", 22.0, 70, 31.5, 600, 0, 4),
         GpuType("L4", 22.0, 121, 30.3, 300, 0, 4),
-        GpuType("V100", 31.7, 125, 15.7, 900, 300, 3),
-        GpuType("T4", 14.6, 65, 8.1, 320, 0, 3),
+        GpuType("V100", 31.7, 125, 15.7, 900, 300, 3, bf16=False),
+        GpuType("T4", 14.6, 65, 8.1, 320, 0, 3, bf16=False),
         GpuType("4090", 23.5, 165, 82.6, 1008, 0, 4),
     )
 }

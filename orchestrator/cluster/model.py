@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from launch.contract import Device, ExecutionPlan, NodeShare
+from orchestrator.cluster.gpus import gpu_type
 
 # Labels that Tuneyard itself puts on nodes or reads from them.
 NAME_LABEL = "tuneyard.io/name"
 CORES_LABEL = "tuneyard.io/cores"  # a node's CPU slots need not be its cores
 MEMORY_LABEL = "tuneyard.io/memory-bytes"  # what ranks may have of it
+BF16_LABEL = "tuneyard.io/bf16"  # `true`: its CPU multiplies bf16
 START_LABEL = "tuneyard.io/start"  # another one each time: for seconds, Ray takes a node that has died for alive
 
 
@@ -42,6 +44,8 @@ class Node(BaseModel):
     memory_bytes: int | None = None
     """What ranks may have of the host's; null where nobody has said."""
     gpus: tuple[Gpu, ...] = ()
+    bf16: bool = False
+    """Whether its CPU is known to multiply bf16."""
     labels: Mapping[str, str] = {}
 
     def takes(self, accelerator: str) -> bool:
@@ -53,6 +57,14 @@ class Node(BaseModel):
         if accelerator == "gpu":
             return bool(self.gpus)
         return any(gpu.type.lower() == accelerator.lower() for gpu in self.gpus)
+
+
+def multiply_bf16(nodes: Iterable[Node], device: Device) -> bool:
+    """Whether all of `nodes` do, on their GPUs or CPUs. A GPU of a type that is not known is taken for a newer one."""
+    if device == "cpu":
+        return all(node.bf16 for node in nodes)
+    types = {gpu.type for node in nodes for gpu in node.gpus}
+    return all(known.bf16 for name in types if (known := gpu_type(name)) is not None)
 
 
 class Placement(BaseModel):
@@ -69,6 +81,11 @@ class Placement(BaseModel):
     @property
     def world_size(self) -> int:
         return sum(share.processes for share in self.shares)
+
+    def multiplies_bf16(self, nodes: Iterable[Node]) -> bool:
+        """Whether all of it does, found among `nodes`."""
+        mine = {share.node for share in self.shares}
+        return multiply_bf16([node for node in nodes if node.id in mine], "cuda" if self.device == "cuda" else "cpu")
 
 
 @dataclass(frozen=True)

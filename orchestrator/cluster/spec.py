@@ -5,7 +5,7 @@ A NodeKind is what planning knows of a node, be it from such a file, from a yard
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import Field
@@ -45,6 +45,8 @@ class NodeSpec(Section):
     """Host memory, in 10^9 bytes."""
     slots: int | None = Field(None, ge=1)
     """Processes that a node without GPUs takes at once; null for one a core."""
+    bf16: bool = False
+    """Whether its CPU multiplies bf16 (AMX, AVX512_BF16, Arm's BF16): for jobs with `train.precision: auto`."""
     gpus: GpuSpec | None = None
     network_gbit: float = Field(25.0, gt=0)
     """Between nodes, in 10^9 bits a second."""
@@ -72,6 +74,12 @@ class NodeKind:
     gpu_memory_bytes: int = 0
     link: Link = "pcie"
     network_bytes_s: float = 25 * GIGABIT
+    cpu_bf16: bool = False
+
+    @property
+    def bf16(self) -> bool:
+        """Whether what ranks compute on multiplies bf16."""
+        return self.gpu.bf16 if self.gpu is not None else self.cpu_bf16
 
     @property
     def device(self) -> Device:
@@ -133,6 +141,7 @@ def _kind(node: NodeSpec, known: GpuType | None) -> NodeKind:
         slots=node.slots or node.cores,
         memory_bytes=int(node.memory_gb * GB * HOST_SHARE),
         network_bytes_s=node.network_gbit * GIGABIT,
+        cpu_bf16=node.bf16,
     )
     if node.gpus is None:
         return common
@@ -147,16 +156,12 @@ def with_gpus(
     kind = known or GpuType(
         name, 0, SLOWEST.tflops, SLOWEST.tflops_fp32, SLOWEST.memory_gb_s, SLOWEST.nvlink_gb_s, SLOWEST.pcie
     )
-    return NodeKind(
-        name=node.name,
-        count=node.count,
-        cores=node.cores,
+    return replace(
+        node,
         slots=count,
-        memory_bytes=node.memory_bytes,
         gpu=kind,
         gpu_memory_bytes=memory or kind.memory_bytes,
         link=link or ("nvlink" if kind.nvlink_gb_s else "pcie"),
-        network_bytes_s=node.network_bytes_s,
     )
 
 
@@ -172,7 +177,7 @@ def kind_of(node: Node) -> NodeKind:
             code="unknown-memory",
             hint="describe it in a file, and plan with --cluster FILE",
         )
-    plain = NodeKind(node.name, 1, node.cores, max(1, node.cpu_slots), node.memory_bytes)
+    plain = NodeKind(node.name, 1, node.cores, max(1, node.cpu_slots), node.memory_bytes, cpu_bf16=node.bf16)
     if not node.gpus:
         return plain
     memory = min((gpu.memory_bytes for gpu in node.gpus if gpu.memory_bytes), default=None)

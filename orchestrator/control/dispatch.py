@@ -155,7 +155,11 @@ def _start(job: JobRow, start: Start, state: State, facts: Facts) -> StartAttemp
         return StartAttempt(job.id, number, placement.model_copy(update={"shares": shares}), pinned.plan)
     device = cast(Device, placement.device)
     option = start.option
-    chosen = option.plan if option is not None else plan(job.job, placement.world_size, device, job.relief)
+    if option is not None:
+        chosen = option.plan
+    else:
+        bf16 = placement.multiplies_bf16(facts.nodes)
+        chosen = plan(job.job, placement.world_size, device, job.relief, bf16=bf16)
     predicted = option.predicted if option is not None else None
     if number == 1:
         key = key_of(job.job) if state.peaks else None

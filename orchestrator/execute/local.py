@@ -20,6 +20,7 @@ import psutil
 from launch.attempt import AttemptFiles, write_atomically
 from launch.checkpoint.copies import SWEEP_S, sweep
 from launch.contract import RunContract, StopRequest
+from launch.instructions import multiplies_bf16
 from orchestrator.cluster.model import Node
 from orchestrator.cluster.status import AttemptStatus, NodeReport, ProbeCheck, ProbeReport, ProbeRequest, StandbyReport
 from orchestrator.errors import ExecutorError
@@ -101,6 +102,7 @@ class LocalExecutor:
                 cpu_slots=cpu_slots(cores, self._slots),
                 memory_bytes=host_memory(self._memory_gb),
                 gpus=local_gpus(),
+                bf16=multiplies_bf16(),
             )
         ]
 

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launch.contract import RunContract, StopRequest
 from orchestrator.cluster.gpus import gpu_type
-from orchestrator.cluster.model import CORES_LABEL, MEMORY_LABEL, NAME_LABEL, Gpu, Node
+from orchestrator.cluster.model import BF16_LABEL, CORES_LABEL, MEMORY_LABEL, NAME_LABEL, Gpu, Node
 from orchestrator.cluster.status import AttemptStatus, NodeReport, ProbeReport, ProbeRequest, StandbyReport
 from orchestrator.errors import ExecutorError
 from orchestrator.execute.local import log_path
@@ -351,5 +351,6 @@ def _node(entry: dict[str, Any]) -> Node:
             Gpu(index=index, type=kind, memory_bytes=known.memory_bytes if known is not None else None)
             for index in range(int(resources.get("GPU", 0)))
         ),
+        bf16=labels.get(BF16_LABEL) == "true",
         labels=labels,
     )

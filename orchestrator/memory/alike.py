@@ -65,7 +65,11 @@ def remembered(rows: Sequence[Peak], job: AnyJob, plan: ExecutionPlan, device_ki
     with no more is a bad one: then the job starts as the newest like job ran that fitted on a lower rung, or on the
     rung after the plan that ran out.
     """
-    here = [row for row in rows if row.device_kind == device_kind and row.world_size == plan.world_size]
+    here = [
+        row
+        for row in rows
+        if (row.device_kind, row.world_size, row.plan.precision) == (device_kind, plan.world_size, plan.precision)
+    ]
     newest_first = sorted(here, key=lambda row: row.time, reverse=True)
     for row in newest_first:
         if not row.ran_out and demands_no_more(plan, row.plan):

@@ -104,9 +104,9 @@ def footprint(shape: ModelShape, spec: TrainSpec, device: Device, reason: str | 
     modules: dict[str, int] = {}
     for weight in parts.weights:
         modules[weight.module] = modules.get(weight.module, 0) + weight.elements
-    precision = spec.train.precision
     passes = [
-        _passes(shape, parts, spec, device, native=native, checkpointing=checkpointing, loss=loss)
+        _passes(shape, parts, spec, device, precision=precision, native=native, checkpointing=checkpointing, loss=loss)
+        for precision in spec.train.precisions
         for native in ((False,) if precision == "fp32" else (False, True))
         for checkpointing in (False, True)
         for loss in losses_of(shape, parts)
@@ -175,13 +175,14 @@ def _passes(
     spec: TrainSpec,
     device: Device,
     *,
+    precision: Precision,
     native: bool,
     checkpointing: bool,
     loss: LossMode,
 ) -> Passes:
     carried = device == "cpu" and is_encoder(shape) and spec.adapter is None
     setting = Setting(
-        numbers=numbers_of(spec.train.precision, native=native, carried=carried),
+        numbers=numbers_of(precision, native=native, carried=carried),
         length=length_of(shape, spec),
         attention=attention_of(shape, spec),
         device=device,
@@ -197,7 +198,7 @@ def _passes(
         return Curve(rows=tuple(rows), bytes=tuple(values))
 
     return Passes(
-        precision=spec.train.precision,
+        precision=precision,
         native=native,
         activation_checkpointing=checkpointing,
         loss=loss,

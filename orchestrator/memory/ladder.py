@@ -213,7 +213,7 @@ def would_help(job: AnyJob, ran: ExecutionPlan) -> str:
         ways.append("more processes (resources.num_processes), over which ZeRO-3 shards the state")
     if job.train.optimizer == "adamw":
         ways.append("train.optimizer: lion, which remembers half as much")
-    if job.train.precision == "fp32":
+    if ran.precision == "fp32":
         ways.append("train.precision: bf16")
     if job.adapter is None:
         ways.append("an adapter (adapter: {type: lora})")

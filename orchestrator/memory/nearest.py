@@ -69,7 +69,7 @@ def _changes(job: TrainingJob, kinds: Sequence[NodeKind]) -> Iterator[Try]:
     if job.resources.accelerator != "any":
         anywhere = _with(free, {"resources": {"accelerator": "any"}})
         yield "with resources.accelerator: any", anywhere, kinds
-    if job.train.precision == "fp32":
+    if job.train.precision in ("auto", "fp32"):
         yield "with train.precision: bf16", _with(free, {"train": {"precision": "bf16"}}), kinds
     half = _halves(job.data.max_length)
     for length in half:

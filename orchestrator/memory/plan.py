@@ -12,12 +12,15 @@ from orchestrator.memory.ladder import NOTHING, Relief, eased
 MAX_MICRO_BATCH = 32
 
 
-def plan(job: AnyJob, world_size: int, device: Device, relief: Relief | None = None) -> ExecutionPlan:
-    """The plan of `job` on `world_size` ranks of `device`, within the limits of `relief`."""
-    return eased(job, _first_choice(job, world_size, device), relief or NOTHING)
+def plan(
+    job: AnyJob, world_size: int, device: Device, relief: Relief | None = None, *, bf16: bool = False
+) -> ExecutionPlan:
+    """The plan of `job` on `world_size` ranks of `device`, each of which multiplies `bf16` or not, within the limits of
+    `relief`."""
+    return eased(job, _first_choice(job, world_size, device, bf16), relief or NOTHING)
 
 
-def _first_choice(job: AnyJob, world_size: int, device: Device) -> ExecutionPlan:
+def _first_choice(job: AnyJob, world_size: int, device: Device, bf16: bool) -> ExecutionPlan:
     """`auto` is DDP, or a single process where there is one."""
     engine = _engine(job.strategy, world_size)
     if isinstance(job, CommandJob):
@@ -33,7 +36,7 @@ def _first_choice(job: AnyJob, world_size: int, device: Device) -> ExecutionPlan
         device=device,
         micro_batch_size=micro,
         gradient_accumulation_steps=-(-rows // micro),
-        precision=job.train.precision,
+        precision=job.train.precision_on(bf16=bf16),
         offload=offload,
         offload_path=job.offload_path if offload != "none" else None,
         activation_checkpointing=bool(job.train.activation_checkpointing),

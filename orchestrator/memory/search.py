@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from launch.config import WHOLE_WEIGHTS, LossMode, Offload
+from launch.config import WHOLE_WEIGHTS, LossMode, Offload, Precision
 from launch.contract import Allocator, EngineName, ExecutionPlan
 from launch.footprint_record import Footprint
 from launch.shape import ModelShape
@@ -171,9 +171,12 @@ def candidates(
     margin_of: Callable[[ExecutionPlan], Margin],
     predict: Predict,
 ) -> Iterator[Candidate]:
-    """Every plan that is open, each with the largest micro-batch that fits, on every kind and number of ranks."""
+    """Every plan that is open, each with the largest micro-batch that fits, on every kind and number of ranks. The
+    kinds have one device; what the job starts on may be any of them, so one precision is for all."""
+    takers = [kind for kind in kinds if kind.takes(job.resources.accelerator)]
+    precision = job.train.precision_on(bf16=all(kind.bf16 for kind in takers))
     for kind, world in placements(job, kinds):
-        for frame in frames(job, world, kind):
+        for frame in frames(job, world, kind, precision):
             if footprint.of(frame) is None:  # a trace leaves out what the job file rules out
                 continue
             margin = margin_of(frame)
@@ -211,7 +214,7 @@ def placements(job: TrainingJob, kinds: Iterable[NodeKind]) -> Iterator[tuple[No
                 yield kind, world
 
 
-def frames(job: TrainingJob, world: int, kind: NodeKind) -> Iterator[ExecutionPlan]:
+def frames(job: TrainingJob, world: int, kind: NodeKind, precision: Precision) -> Iterator[ExecutionPlan]:
     """Every plan that the job file leaves open, with the largest micro-batch."""
     rows = -(-job.train.global_batch_size // world)
     micro = min(job.train.micro_batch_size or MAX_MICRO_BATCH, rows)
@@ -229,7 +232,7 @@ def frames(job: TrainingJob, world: int, kind: NodeKind) -> Iterator[ExecutionPl
                         device=kind.device,
                         micro_batch_size=micro,
                         gradient_accumulation_steps=-(-rows // micro),
-                        precision=job.train.precision,
+                        precision=precision,
                         offload=offload,
                         offload_path=job.offload_path if offload != "none" else None,
                         activation_checkpointing=recompute,

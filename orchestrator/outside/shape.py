@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from launch.contract import Device, ExecutionPlan
-from orchestrator.cluster.model import Gpu, Node
+from orchestrator.cluster.model import Gpu, Node, multiply_bf16
 from orchestrator.errors import DoesNotFitError, ImpossibleGangError
 from orchestrator.job.spec import AnyJob, TrainingJob, dump_job
 from orchestrator.memory.options import kinds_of, ways
@@ -165,8 +165,9 @@ def _wishes(job: AnyJob, sizing: str | None, spots: Mapping[Kind, Sequence[_Spot
     low, high = (1, 1) if job.strategy == "single" else job.resources.bounds
     devices: list[Device] = ["cuda"] if any(kind is not None for kind in spots) else []
     devices += ["cpu"] if None in spots else []
+    on = {device: [node for node in nodes if bool(node.gpus) == (device == "cuda")] for device in devices}
     return [
-        _Wish(processes, device, 0, plan(job, processes, device))
+        _Wish(processes, device, 0, plan(job, processes, device, bf16=multiply_bf16(on[device], device)))
         for processes in range(high, low - 1, -1)
         for device in devices
     ]

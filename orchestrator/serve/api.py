@@ -211,7 +211,8 @@ def create_app(controller: Controller, token: str, head: str | None = None) -> F
         wish = _wish(controller, job, submission.read_sizing())
         nodes = tuple(executor.nodes())
         closed = _closed(store.node_marks(), nodes)
-        idle = Capacity((*nodes, *controller.prospect.nodes))
+        all_nodes = (*nodes, *controller.prospect.nodes)
+        idle = Capacity(all_nodes)
         check_possible(idle, wish)
         capacity = Capacity.of(nodes, [attempt.held for attempt in store.live_attempts()], closed)
         pending = store.check_after(job.after)
@@ -221,7 +222,11 @@ def create_app(controller: Controller, token: str, head: str | None = None) -> F
         assert best is not None  # it is possible
         where, option = best
         there = (capacity if now else idle).placement(where, wish.accelerator, option.need if option else UNKNOWN_NEED)
-        chosen = option.plan if option else plan(job, there.world_size, "cuda" if there.device == "cuda" else "cpu")
+        if option:
+            chosen = option.plan
+        else:
+            bf16 = there.multiplies_bf16(all_nodes)
+            chosen = plan(job, there.world_size, "cuda" if there.device == "cuda" else "cpu", bf16=bf16)
         waits = "no room for the whole gang now; it would wait its turn"
         if pending:
             waits = f"it would wait until {pending[0]} has succeeded" + (", and others" if len(pending) > 1 else "")

@@ -19,6 +19,7 @@ from pathlib import Path
 import structlog
 
 from launch.attempt import write_atomically
+from launch.instructions import multiplies_bf16
 from orchestrator.control.loop import Controller
 from orchestrator.errors import ConflictError, NotFoundError, TuneyardError
 from orchestrator.execute.slurm import SlurmExecutor
@@ -87,7 +88,9 @@ class Batch:
         self._saved_before = stored(self._store, self._task).checkpoint
         self._executor = SlurmExecutor(
             [
-                run.node.model_copy(update={"id": name, "name": name, "address": address})
+                run.node.model_copy(
+                    update={"id": name, "name": name, "address": address, "bf16": multiplies_bf16()}  # they are alike
+                )
                 for name, address in addresses(os.environ["SLURM_JOB_NODELIST"]).items()
             ],
             cpus=run.node.cores,

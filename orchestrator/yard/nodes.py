@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.cluster.model import CORES_LABEL, MEMORY_LABEL, NAME_LABEL, START_LABEL
+from launch.instructions import multiplies_bf16
+from orchestrator.cluster.model import BF16_LABEL, CORES_LABEL, MEMORY_LABEL, NAME_LABEL, START_LABEL
 from orchestrator.execute.local import cpu_slots, free_port
 from orchestrator.execute.memory import host_memory
 from orchestrator.execute.processes import carrying, children_of, end_all, kill
@@ -93,7 +94,7 @@ def ray_start(settings: Settings, folder: Path, labels: Mapping[str, str], *, sh
     """The command that runs a node of Ray until it is ended; `share` nodes have this machine's memory together."""
     cores = os.cpu_count() or 1
     slots, memory = cpu_slots(cores, settings.cpu_slots), host_memory(settings.memory_gb) // share
-    known = {CORES_LABEL: str(cores), MEMORY_LABEL: str(memory), **labels}
+    known = {CORES_LABEL: str(cores), MEMORY_LABEL: str(memory), BF16_LABEL: str(multiplies_bf16()).lower(), **labels}
     return [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
         f"--num-cpus={slots}", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={folder}",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.cluster.gpus import gpu_type
 from orchestrator.cluster.group import Group
-from orchestrator.cluster.model import HOST_SHARE, Gpu, Node
+from orchestrator.cluster.model import BF16_LABEL, HOST_SHARE, Gpu, Node
 from orchestrator.errors import NotFoundError
 from orchestrator.outside.k8s.again import WatchExpired, until_unchanged
 from orchestrator.outside.k8s.manifest import GPU_TYPE
@@ -108,6 +108,7 @@ def _node_of(group: Object) -> Node:
             Gpu(index=index, type=kind, memory_bytes=known.memory_bytes if known is not None else None)
             for index in range(count)
         ),
+        bf16=labels.get(BF16_LABEL) == "true",
         labels=labels,
     )
 

@@ -81,10 +81,10 @@ def ledger_of(spec: TrainSpec, mode: Mode) -> Iterator[tuple[int, ...]]:
     """A real pass for each of ROWS: beside gradients, with them, at the loss, in bytes."""
     model = built(spec, checkpointing=mode.checkpointing)
     if mode.native:
-        convert(model, DTYPES[spec.train.precision])
+        convert(model, DTYPES[mode.precision])
     model.train()
     objective = objective_of(spec, model, None, mode.loss)
-    engine = cast(Engine, TracedEngine(model, None if mode.native else DTYPES[spec.train.precision]))
+    engine = cast(Engine, TracedEngine(model, None if mode.native else DTYPES[mode.precision]))
     assert objective.probe(engine, torch.device("cpu")) == mode.loss
     model.train()
     ledger = Ledger(BUCKET_ELEMENTS)
@@ -114,24 +114,22 @@ def ledger_of(spec: TrainSpec, mode: Mode) -> Iterator[tuple[int, ...]]:
 LORA = {"adapter": {"type": "lora", "r": 4}}
 PACKED = {"data": {"packing": True, "max_length": LENGTH}}
 CASES = [
-    pytest.param("bert", LORA, "fp32", Mode(False, True, "whole"), id="bert-lora-checkpointing"),
-    pytest.param("bert", {}, "bf16", Mode(False, False, "whole"), id="bert-autocast"),
-    pytest.param("bert", {}, "bf16", Mode(True, False, "whole"), id="bert-native"),
-    pytest.param("llama", {}, "fp32", Mode(False, True, "chunked"), id="llama-chunked-checkpointing"),
-    pytest.param("llama", PACKED, "bf16", Mode(False, False, "chunked"), id="llama-packed-autocast"),
-    pytest.param("llama", LORA, "bf16", Mode(True, True, "whole"), id="llama-lora-native-checkpointing"),
-    pytest.param("gpt2", {}, "bf16", Mode(True, False, "chunked"), id="gpt2-native"),
-    pytest.param("gpt2", LORA, "fp32", Mode(False, False, "chunked"), id="gpt2-lora"),
+    pytest.param("bert", LORA, Mode("fp32", False, True, "whole"), id="bert-lora-checkpointing"),
+    pytest.param("bert", {}, Mode("bf16", False, False, "whole"), id="bert-autocast"),
+    pytest.param("bert", {}, Mode("bf16", True, False, "whole"), id="bert-native"),
+    pytest.param("llama", {}, Mode("fp32", False, True, "chunked"), id="llama-chunked-checkpointing"),
+    pytest.param("llama", PACKED, Mode("bf16", False, False, "chunked"), id="llama-packed-autocast"),
+    pytest.param("llama", LORA, Mode("bf16", True, True, "whole"), id="llama-lora-native-checkpointing"),
+    pytest.param("gpt2", {}, Mode("bf16", True, False, "chunked"), id="gpt2-native"),
+    pytest.param("gpt2", LORA, Mode("fp32", False, False, "chunked"), id="gpt2-lora"),
 ]
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize(("kind", "changes", "precision", "mode"), CASES)
-def test_a_trace_is_what_a_real_model_makes(
-    world: Path, kind: str, changes: dict[str, Any], precision: str, mode: Mode
-) -> None:
+@pytest.mark.parametrize(("kind", "changes", "mode"), CASES)
+def test_a_trace_is_what_a_real_model_makes(world: Path, kind: str, changes: dict[str, Any], mode: Mode) -> None:
     data = changes.get("data", {})
-    spec = a_job(world, kind, train={"precision": precision}, **{k: v for k, v in changes.items() if k != "data"})
+    spec = a_job(world, kind, train={"precision": mode.precision}, **{k: v for k, v in changes.items() if k != "data"})
     spec = spec.model_copy(update={"data": spec.data.model_copy(update=data)})
     real = list(ledger_of(spec, mode))
     with NoMemory():
@@ -207,15 +205,17 @@ def test_a_footprint_has_a_pass_for_every_plan_that_is_open(whole: tuple[TrainSp
 
 
 def test_what_the_job_file_fixes_is_not_traced_otherwise(world: Path) -> None:
-    def ways(kind: str = "llama", **keys: Any) -> list[tuple[bool, bool, str]]:
+    def ways(kind: str = "llama", **keys: Any) -> list[tuple[str, bool, bool, str]]:
         return [tuple(mode) for mode in modes(a_job(world, kind, **keys))]
 
     assert len(ways(strategy="auto", train={"precision": "bf16"})) == 8
     assert len(ways(strategy="auto")) == 4, "in fp32 nothing is cast"
-    assert {native for native, *_ in ways(strategy="zero2", train={"precision": "bf16"})} == {True}
-    assert {native for native, *_ in ways(strategy="ddp", train={"precision": "bf16"})} == {False}
+    assert {native for _, native, *_ in ways(strategy="zero2", train={"precision": "bf16"})} == {True}
+    assert {native for _, native, *_ in ways(strategy="ddp", train={"precision": "bf16"})} == {False}
     fixed = {"activation_checkpointing": True, "loss_mode": "whole"}
-    assert ways(train=fixed) == [(False, True, "whole")]
+    assert ways(train=fixed) == [("fp32", False, True, "whole")]
+    open_ = ways(strategy="zero2", train=fixed | {"precision": "auto"})
+    assert open_ == [("fp32", False, True, "whole"), ("bf16", True, True, "whole")]
     assert {loss for *_, loss in ways("bert")} == {"whole"}
 
 
@@ -236,9 +236,9 @@ def test_a_deep_model_is_extrapolated_from_a_few_layers(world: Path, monkeypatch
     with NoMemory():
         assert depth_of(traced_model(spec, checkpointing=False, device="cpu")) == 13
     with NoMemory():
-        few = passes_of(spec, Mode(False, False, "whole"), (1, 4), LENGTH, "cpu", 13)
+        few = passes_of(spec, Mode("fp32", False, False, "whole"), (1, 4), LENGTH, "cpu", 13)
         monkeypatch.setattr(launch.footprint, "DEEP", 13)
-        every = passes_of(spec, Mode(False, False, "whole"), (1, 4), LENGTH, "cpu", 13)
+        every = passes_of(spec, Mode("fp32", False, False, "whole"), (1, 4), LENGTH, "cpu", 13)
     for name in ("beside_gradients", "with_gradients", "while_reducing", "while_halving", "at_loss"):
         for rows in (1, 4):
             found, expected = (getattr(one, name).at(rows) for one in (few, every))

@@ -24,6 +24,7 @@ nodes:
     gpus: {type: h100, count: 8}
     network_gbit: 400
   - {name: small, cores: 16, memory_gb: 64, slots: 4}
+  - {name: new, cores: 16, memory_gb: 64, bf16: true}
 """
 
 
@@ -33,7 +34,7 @@ def test_shipped_files_are_read(path: Path) -> None:
 
 
 def test_kinds_of_nodes() -> None:
-    big, small = load_cluster(parse_document(NODES))
+    big, small, new = load_cluster(parse_document(NODES))
     assert (big.device, big.slots, big.most, big.link) == ("cuda", 8, 16, "nvlink")
     assert big.gpu_memory_bytes == KNOWN["h100"].memory_bytes
     assert (small.device, small.most, small.memory_bytes) == ("cpu", 4, 64 * GB * 9 // 10)
@@ -42,6 +43,7 @@ def test_kinds_of_nodes() -> None:
     assert [kind.takes("cpu") for kind in (big, small)] == [False, True]
     assert big.gpu_link_bytes_s == 450 * GB
     assert big.local(12) == 8
+    assert [kind.bf16 for kind in (big, small, new)] == [True, False, True]
 
 
 def test_a_kind_answers_to_its_family() -> None:

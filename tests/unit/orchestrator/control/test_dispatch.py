@@ -157,6 +157,17 @@ def test_a_user_who_cancels_a_job_that_makes_room_is_heard() -> None:
     assert (sent.request.reason, sent.reason.code) == ("cancelled", ReasonCode.CANCEL_REQUESTED)
 
 
+@pytest.mark.parametrize(("there", "taken"), [((True, True), "bf16"), ((True, False), "fp32")])
+def test_a_job_of_which_nothing_is_known_computes_in_what_its_nodes_multiply(
+    there: tuple[bool, bool], taken: str
+) -> None:
+    nodes = tuple(a_node(f"n{at}", slots=1, bf16=bf16) for at, bf16 in enumerate(there))
+    other = a_node("elsewhere", slots=1, gpus=1, gpu_type="V100")
+    job = a_job("a", job=a_training_job(2, train={"max_steps": 1, "precision": "auto"}))
+    (start,) = [one for one in actions(State(jobs=[job]), nodes=(*nodes, other)) if isinstance(one, StartAttempt)]
+    assert start.plan.precision == taken
+
+
 def test_a_job_starts_after_those_before_it() -> None:
     before, after = running("before"), a_job("after", 2, job=a_command_job(1, after=["before"]))
     (explain,) = actions(State(jobs=[before, after], attempts=[runs(before)]))

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.contract import NodeShare, RunContract
+from launch.instructions import multiplies_bf16
 from orchestrator.cluster.gpus import KNOWN
-from orchestrator.cluster.model import CORES_LABEL, MEMORY_LABEL, NAME_LABEL, START_LABEL, Gpu
+from orchestrator.cluster.model import BF16_LABEL, CORES_LABEL, MEMORY_LABEL, NAME_LABEL, START_LABEL, Gpu
 from orchestrator.execute.ray import GPU_TYPE_LABEL, _node
 from orchestrator.memory.plan import plan
 from orchestrator.settings import Settings
@@ -37,8 +38,14 @@ def test_the_labels_that_a_yard_gives_are_those_that_are_read(tmp_path: Path) ->
     assert "--num-cpus=3" in command
     node = _node(an_entry({"CPU": 3.0}, dict(pair.split("=") for pair in given.split(","))))
     assert (node.name, node.cores, node.cpu_slots) == ("node-2", os.cpu_count(), 3)
-    assert node.memory_bytes == 5_000_000_000
-    assert set(node.labels) == {NAME_LABEL, CORES_LABEL, MEMORY_LABEL, START_LABEL}
+    assert (node.memory_bytes, node.bf16) == (5_000_000_000, multiplies_bf16())
+    assert set(node.labels) == {NAME_LABEL, CORES_LABEL, MEMORY_LABEL, BF16_LABEL, START_LABEL}
+
+
+def test_a_nodes_cpu_multiplies_bf16_where_somebody_says_so() -> None:
+    told = {said: _node(an_entry({"CPU": 1.0}, {BF16_LABEL: said})).bf16 for said in ("true", "false")}
+    assert told == {"true": True, "false": False}
+    assert _node(an_entry({"CPU": 1.0})).bf16 is False
 
 
 def test_a_gpus_type_is_a_label_or_a_resource() -> None:

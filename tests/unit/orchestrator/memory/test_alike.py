@@ -75,8 +75,9 @@ def test_it_starts_as_the_newest_one_that_then_fitted() -> None:
         [a_row(WHOLE, 1, ran_out=True, device_kind="H100")],
         [a_row(WHOLE.model_copy(update={"world_size": 4}), 1, ran_out=True, world_size=4)],
         [a_row(WHOLE.model_copy(update={"micro_batch_size": 32}), 1, ran_out=True)],  # that was more than this takes
+        [a_row(WHOLE.model_copy(update={"precision": "bf16"}), 1, ran_out=True)],  # of precision: auto
     ],
-    ids=["fits-now", "other-device", "other-world-size", "more-demanding"],
+    ids=["fits-now", "other-device", "other-world-size", "more-demanding", "other-precision"],
 )
 def test_what_says_nothing_of_this_plan_changes_nothing(rows: list[Peak]) -> None:
     assert start(*rows) is None

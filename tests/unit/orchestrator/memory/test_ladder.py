@@ -135,6 +135,12 @@ def test_a_gpus_host_is_helped_by_sharding_alone() -> None:
     assert Rung.MICRO_BATCH in rungs(job, 2, "cpu", Trouble(host=True))  # there it is one memory
 
 
+def test_half_precision_would_help_who_ran_without() -> None:
+    job = a_training_job(2, train={"max_steps": 1, "precision": "auto"})
+    told = [would_help(job, plan(job, 2, "cpu", bf16=bf16)) for bf16 in (False, True)]
+    assert ["precision: bf16" in one for one in told] == [True, False]
+
+
 def test_a_command_is_left_as_it_is() -> None:
     job = a_command_job(2)
     assert rungs(job, 2, "cuda") == []

@@ -138,6 +138,22 @@ def test_a_plan_that_the_job_file_fixes_runs_with_nothing_to_spare() -> None:
     assert not less.options
 
 
+def test_half_precision_is_taken_where_all_that_a_job_may_start_on_multiplies_it() -> None:
+    def taken(*nodes: Node, **keys: Any) -> str:
+        return best(a_job(train={"precision": "auto"}, **keys), *nodes).precision
+
+    new, old = a_node("new", memory_gib=64, bf16=True), a_node("old", memory_gib=64)
+    a100 = a_node("a100", gpus=1, gpu_type="A100", memory_gib=64, gpu_memory_gib=40)
+    v100 = a_node("v100", gpus=1, gpu_type="V100", memory_gib=64, gpu_memory_gib=32)
+    unknown = a_node("unknown", gpus=1, gpu_type="X9", memory_gib=64, gpu_memory_gib=32)
+    assert (taken(new), taken(old), taken(new, old)) == ("bf16", "fp32", "fp32")
+    assert (taken(a100), taken(v100), taken(a100, v100)) == ("bf16", "fp32", "fp32")
+    assert taken(unknown) == "bf16"
+    assert taken(old, a100) == "bf16"  # of GPUs and CPUs each for itself, and GPUs come first
+    assert taken(a100, v100, resources={"num_processes": 1, "accelerator": "A100"}) == "bf16"
+    assert best(a_job(train={"precision": "bf16"}), old).precision == "bf16"
+
+
 def test_relief_holds_for_every_option() -> None:
     relief = Relief(max_micro_batch=3, allocator="tight", activation_checkpointing=True)
     job = a_job("1..4", train={"activation_checkpointing": None})

@@ -28,6 +28,14 @@ def test_offload_goes_where_auto_shards_nothing() -> None:
     assert plan(a_training_job(2, offload="optimizer"), 2, "cuda").offload == "none"
 
 
+@pytest.mark.parametrize(
+    ("wish", "bf16", "taken"), [("auto", True, "bf16"), ("auto", False, "fp32"), ("bf16", False, "bf16")]
+)
+def test_the_precision_is_the_jobs_or_the_hardwares(wish: str, bf16: bool, taken: str) -> None:
+    job = a_training_job(1, train={"max_steps": 1, "precision": wish})
+    assert plan(job, 1, "cpu", bf16=bf16).precision == taken
+
+
 def test_a_command_has_no_batch() -> None:
     chosen = plan(a_command_job(2), 2, "cpu")
     assert (chosen.engine, chosen.micro_batch_size, chosen.gradient_accumulation_steps) == ("ddp", 1, 1)
