@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from benchmarks.checkpoint_kills import EVERY, LOSS_TOLERANCE, STEPS, Clock, ends_of, kill_at, lines_of, name_of
-from benchmarks.checkpoint_victim import ENV_VICTIM, Victim
+from benchmarks.checkpoint_victim import ENV_VICTIM, Victim, put
 from launch.contract import (
     AttemptFiles,
     ExecutionPlan,
@@ -209,7 +209,7 @@ def watch(victim: Victim, rank: int) -> None:
             Path(victim.told).write_text(boundary)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def counted(state: Any, file: Any, *arguments: Any, **options: Any) -> None:
+    def counted(state: object, file: Any, *arguments: Any, **options: Any) -> None:
         nonlocal count
         passing("file-begun")
         if victim.boundary == "in-file" and count == last:
@@ -221,7 +221,7 @@ def watch(victim: Victim, rank: int) -> None:
         passing("file-written")
         count += 1
 
-    torch.save = counted
+    put(torch, save=counted)
 
 
 def train(contract: RunContract, progress: Progress) -> None:

@@ -50,11 +50,17 @@ def install(victim: Victim | None, mistake: str | None) -> None:
     from launch.checkpoint import manifest, shards, snapshot
 
     for module in (manifest, shards, snapshot):
-        module.BLOCK = BLOCK
+        put(module, BLOCK=BLOCK)
     if mistake:
         MISTAKES[mistake]()
     if victim is not None and victim.rank == int(os.environ.get("RANK", "0")):
         _watch(victim)
+
+
+def put(owner: Any, **others: Any) -> None:
+    """Other functions or constants in a class or module, of which no checker of types is to know."""
+    for name, other in others.items():
+        setattr(owner, name, other)
 
 
 def _watch(victim: Victim) -> None:
@@ -92,9 +98,9 @@ def _watch(victim: Victim) -> None:
         passing("deleting")
         delete_all(storage, prefix)
 
-    checkpoints.passing = passing
-    ShardWriter.write_data = write
-    LocalStorage.delete_all = delete
+    put(checkpoints, passing=passing)
+    put(ShardWriter, write_data=write)
+    put(LocalStorage, delete_all=delete)
 
 
 def marker_first() -> None:
@@ -121,8 +127,8 @@ def marker_first() -> None:
         late.pop()()
         return note
 
-    ShardWriter.write_data = write
-    Checkpoints._write = save
+    put(ShardWriter, write_data=write)
+    put(Checkpoints, _write=save)
 
 
 def without_marker() -> None:
@@ -144,8 +150,7 @@ def without_marker() -> None:
     def manifest(catalogue: Catalogue, found: CheckpointId) -> Manifest:
         return Manifest.model_validate_json(catalogue.storage.read(f"{found}/MANIFEST.json"))
 
-    Catalogue.listing = everything
-    Catalogue.manifest = manifest
+    put(Catalogue, listing=everything, manifest=manifest)
 
 
 def without_hashes() -> None:
@@ -159,7 +164,7 @@ def without_hashes() -> None:
         reader.read_into(first, found)
         return found
 
-    shards.read_block = read
+    put(shards, read_block=read)
 
 
 def slow_copy() -> None:
@@ -172,7 +177,7 @@ def slow_copy() -> None:
         time.sleep(COPY_S)
         copy(buffer, *arguments)
 
-    HostBuffer.copy = late
+    put(HostBuffer, copy=late)
 
 
 def unawaited_copy() -> None:
@@ -182,8 +187,8 @@ def unawaited_copy() -> None:
     from launch.saving import Saving
 
     slow_copy()
-    Checkpoints.await_copy = lambda _checkpoints: None
-    Saving.leave = lambda _saving, *_: None
+    put(Checkpoints, await_copy=lambda _checkpoints: None)
+    put(Saving, leave=lambda _saving, *_: None)
 
 
 MISTAKES = {

@@ -81,7 +81,7 @@ def of_accelerate(footprint: Footprint, case: Case) -> int:
 
     dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[case.precision]
     usage = estimate_training_usage(4 * footprint.parameters, dtype)
-    return max(usage.values())
+    return int(max(usage.values()))
 
 
 def of_deepspeed(footprint: Footprint, case: Case) -> int:

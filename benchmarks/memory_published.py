@@ -218,8 +218,13 @@ def predicted(run: Run) -> tuple[float, str]:
     return peak / GIB, moment
 
 
+def farthest(errors: list[float]) -> float:
+    """From zero, on either side."""
+    return max(errors, key=abs)
+
+
 def compare(runs: list[Run]) -> dict[str, Any]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run in runs:
         ours, moment = predicted(run)
         theirs = float(run.row["peak_gib"])
@@ -243,7 +248,7 @@ def compare(runs: list[Run]) -> dict[str, Any]:
             "rows": len(errors),
             "median_absolute_error": round(statistics.median(map(abs, errors)), 4),
             "median_error": round(statistics.median(errors), 4),
-            "worst": round(max(errors, key=abs), 4),
+            "worst": round(farthest(errors), 4),
         }
         for name, errors in sorted(groups.items())
     }

@@ -89,7 +89,7 @@ def write_model(shape: Shape, directory: Path, hidden: int = 512, layers: int = 
         tokenizer_object=tokenizer, pad_token=word(0), unk_token=word(1), eos_token=word(2)
     ).save_pretrained(directory)
     torch.manual_seed(0)
-    ends = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}
+    ends: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}
     model: Any
     if shape == "bert":
         model = BertModel(BertConfig(

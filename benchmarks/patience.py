@@ -52,7 +52,9 @@ def measure(folder: Path, jobs: int, seconds: float, at_once: int) -> dict[str, 
     store = Store(f"sqlite:///{folder / 'yard.db'}")
     store.prepare()
     slow = json.dumps(dict.fromkeys(PHASES, seconds))
-    controller = Controller(store, Here(slots=RANKS * at_once, **{ENV_SLOW: slow}), Settings(home=folder))
+    environment: dict[str, Any] = {ENV_SLOW: slow}
+    here = Here(slots=RANKS * at_once, **environment)
+    controller = Controller(store, here, Settings(home=folder))
     names = [f"patience-{os.getpid()}-{index}" for index in range(jobs)]  # a run id of its own on this machine
     for index, name in enumerate(names):
         store.add_job(name, a_job(folder, ("ddp", "zero2")[index % 2]), time.time())

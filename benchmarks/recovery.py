@@ -20,11 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launch.checkpoint.manifest import CheckpointId
 from launch.contract import ProgressLine
+from orchestrator.client import Client
 from orchestrator.execute.processes import carrying, end_all
 from orchestrator.settings import Settings
 from orchestrator.yard.home import connect
@@ -65,8 +67,8 @@ def ours(folder: Path, kills: int, standbys: int) -> Kills:
             before, (_, pid) = client.events(job)[-1].id, yard.rank_pids(job, attempt)
             at = time.time()
             kill(pid)
-            seen = until(lambda before=before: _told(client.events(job, before)), PATIENCE_S)
-            back = until(lambda attempt=attempt: _trained(yard, job, attempt + 1), PATIENCE_S)
+            seen = until(partial(_told, client, job, before), PATIENCE_S)
+            back = until(partial(_trained, yard, job, attempt + 1), PATIENCE_S)
             found.append({"seen_s": seen - at, "back_s": back - at})
             _say(f"standbys {standbys}", found[-1])
         client.cancel(job)
@@ -74,8 +76,8 @@ def ours(folder: Path, kills: int, standbys: int) -> Kills:
         return found
 
 
-def _told(events: list[Any]) -> float | None:
-    return next((event.time for event in events if not event.kind.startswith("checkpoint-")), None)
+def _told(client: Client, job: str, before: int) -> float | None:
+    return next((event.time for event in client.events(job, before) if not event.kind.startswith("checkpoint-")), None)
 
 
 def _trained(yard: Yard, job: str, attempt: int) -> float | None:
@@ -104,6 +106,9 @@ def ray_train(folder: Path, kills: int) -> Kills:
         assert driver.poll() is None, (folder / "ray-train.log").read_text()[-4000:]
         return json.loads(lines[-1]) if lines else {"time": 0.0, "step": 0, "pid": 0}
 
+    def both_train(step: int) -> bool:
+        return bool(last(0)["step"] >= step and last(1)["pid"])
+
     def first_of_another(pid: int) -> float | None:
         for text in (folder / "rank-0.jsonl").read_text().splitlines():
             line = json.loads(text)
@@ -114,12 +119,11 @@ def ray_train(folder: Path, kills: int) -> Kills:
     found: Kills = []
     try:
         for _ in range(kills):
-            begun = last(0)["step"]
-            until(lambda begun=begun: last(0)["step"] >= begun + 2 * EVERY and last(1)["pid"], PATIENCE_S)
+            until(partial(both_train, last(0)["step"] + 2 * EVERY), PATIENCE_S)
             main, pid = last(0)["pid"], last(1)["pid"]
             at = time.time()
             kill(pid)
-            back = until(lambda main=main: first_of_another(main), PATIENCE_S)
+            back = until(partial(first_of_another, main), PATIENCE_S)
             found.append({"back_s": back - at})
             _say("Ray Train", found[-1])
         return found

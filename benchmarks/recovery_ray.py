@@ -27,9 +27,10 @@ def train(options: dict[str, Any]) -> None:
     folder, batch, every = Path(options["folder"]), options["batch"], options["every"]
     rank = train.get_context().get_world_rank()
     tokenizer = AutoTokenizer.from_pretrained(options["model"])
-    model = AutoModelForSequenceClassification.from_pretrained(options["model"], num_labels=2)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(options["model"], num_labels=2)
     with Path(options["data"]).open() as stream:
-        rows = [(row["text"], int(row["label"] == "spam")) for row in csv.DictReader(stream, delimiter="\t", quoting=3)]
+        lines = csv.DictReader(stream, delimiter="\t", quoting=3)
+        rows: Any = [(row["text"], int(row["label"] == "spam")) for row in lines]
 
     def collate(chosen: list[tuple[str, int]]) -> dict[str, Any]:
         texts = [text for text, _ in chosen]

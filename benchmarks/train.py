@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,11 @@ def peer(name: str, steps: int, seed: int) -> Run:
     corpus = load_corpus(spec, tokenizer)
     assert corpus.test is not None
 
-    def examples(rows: Rows) -> list[dict[str, Any]]:
+    def examples(rows: Rows) -> Any:
+        assert rows.labels is not None
         return [
-            {"input_ids": rows.tokens[rows.offsets[i] : rows.offsets[i + 1]].tolist(), "labels": int(rows.labels[i])}
-            for i in range(len(rows))
+            {"input_ids": rows.tokens[start:end].tolist(), "labels": int(label)}
+            for (start, end), label in zip(pairwise(rows.offsets), rows.labels, strict=True)
         ]
 
     from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
@@ -87,7 +89,7 @@ def peer(name: str, steps: int, seed: int) -> Run:
     marks: list[float] = []
     if name == "textbook":
         pad = DataCollatorWithPadding(tokenizer, padding="max_length", max_length=PADDED)
-        loader = torch.utils.data.DataLoader(train, batch_size=BATCH, shuffle=True, collate_fn=pad)  # type: ignore[arg-type]
+        loader: Any = torch.utils.data.DataLoader(train, batch_size=BATCH, shuffle=True, collate_fn=pad)
         optimizer = torch.optim.AdamW(model.parameters(), lr=spec.train.learning_rate)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         model.train()
@@ -118,7 +120,7 @@ def peer(name: str, steps: int, seed: int) -> Run:
                 args=arguments,
                 train_dataset=train,
                 data_collator=collate,
-                callbacks=[Clock()],  # type: ignore[arg-type]
+                callbacks=[Clock()],
             ).train()
     model.eval()
     predicted: list[int] = []

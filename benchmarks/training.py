@@ -33,7 +33,7 @@ def speed(repeats: list[list[float]], batch: int) -> float:
     """Samples a second between the end of the first step and the end of the last, each step at its fastest."""
     steps = [[after - before for before, after in pairwise(marks)] for marks in repeats]
     fastest = [min(times) for times in zip(*steps, strict=True)]
-    return len(fastest) * batch / sum(fastest)
+    return len(fastest) * batch / float(sum(fastest))
 
 
 def ours(example: Path, folder: Path, name: str, sets: list[str], processes: int = 1) -> Run:

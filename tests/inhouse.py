@@ -12,7 +12,7 @@ from typing import Any
 from launch.attempt import AttemptFiles, write_atomically
 from launch.contract import RunContract, StopRequest
 from orchestrator.cluster.model import Node
-from orchestrator.cluster.status import AttemptStatus, StandbyReport
+from orchestrator.cluster.status import AttemptStatus, ProbeReport, ProbeRequest, StandbyReport
 from orchestrator.control.loop import Controller
 from orchestrator.errors import ExecutorError
 from orchestrator.execute.local import free_ports
@@ -66,6 +66,9 @@ class Here:
             )
             for index in range(self._nodes)
         ]
+
+    def probe(self, asked: Mapping[str, ProbeRequest]) -> dict[str, ProbeReport | None]:
+        return dict.fromkeys(asked)  # none has an answer
 
     def standbys(self) -> dict[str, StandbyReport]:
         return {}

@@ -12,6 +12,7 @@ import pytest
 
 from launch.attempt import AttemptFiles
 from launch.contract import RunContract
+from launch.instructions import multiplies_bf16
 from orchestrator.execute.processes import of_run
 from tests.worlds import write_bert, write_messages
 from tests.yards import Yard, a_yard
@@ -110,7 +111,9 @@ def test_the_main_example_on_a_ray_yard() -> None:
         assert yard.left_of(told["job"]) == []
         described = yard.describe(told["job"])
         launch = described["attempts"][0]["launch"]
-        assert json.loads(launch["deepspeed.json"])["zero_optimization"]["stage"] == 2
+        engine = json.loads(launch["deepspeed.json"])
+        assert engine["zero_optimization"]["stage"] == 2
+        assert engine["bf16"]["enabled"] is multiplies_bf16()  # the job says `precision: auto`
         assert "auto" not in "".join(launch[name] for name in launch if name != "contract.json")
 
         os.environ["HF_HUB_OFFLINE"] = "1"
