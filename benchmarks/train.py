@@ -73,7 +73,7 @@ def peer(name: str, steps: int, seed: int) -> Run:
     corpus = load_corpus(spec, tokenizer)
     assert corpus.test is not None
 
-    def examples(rows: Rows) -> Any:
+    def examples(rows: Rows) -> list[dict[str, Any]]:
         assert rows.labels is not None
         return [
             {"input_ids": rows.tokens[start:end].tolist(), "labels": int(label)}
@@ -84,7 +84,8 @@ def peer(name: str, steps: int, seed: int) -> Run:
 
     set_seed(spec.train.seed)
     model = AutoModelForSequenceClassification.from_pretrained(spec.model.name_or_path, num_labels=len(corpus.labels))
-    train, test = examples(corpus.train), examples(corpus.test)
+    train: Any = examples(corpus.train)
+    test = examples(corpus.test)
     collate = DataCollatorWithPadding(tokenizer)
     marks: list[float] = []
     if name == "textbook":

@@ -19,7 +19,6 @@ from pathlib import Path
 import structlog
 
 from launch.attempt import write_atomically
-from launch.instructions import multiplies_bf16
 from orchestrator.control.loop import Controller
 from orchestrator.errors import ConflictError, NotFoundError, TuneyardError
 from orchestrator.execute.slurm import SlurmExecutor
@@ -88,9 +87,7 @@ class Batch:
         self._saved_before = stored(self._store, self._task).checkpoint
         self._executor = SlurmExecutor(
             [
-                run.node.model_copy(
-                    update={"id": name, "name": name, "address": address, "bf16": multiplies_bf16()}  # they are alike
-                )
+                run.node.model_copy(update={"id": name, "name": name, "address": address})
                 for name, address in addresses(os.environ["SLURM_JOB_NODELIST"]).items()
             ],
             cpus=run.node.cores,

@@ -114,6 +114,8 @@ def test_the_main_example_on_a_ray_yard() -> None:
         engine = json.loads(launch["deepspeed.json"])
         assert engine["zero_optimization"]["stage"] == 2
         assert engine["bf16"]["enabled"] is multiplies_bf16()  # the job says `precision: auto`
+        card = (Path(told["output_dir"]) / "README.md").read_text()
+        assert f", {'bf16' if multiplies_bf16() else 'fp32'}, all weights" in card
         assert "auto" not in "".join(launch[name] for name in launch if name != "contract.json")
 
         os.environ["HF_HUB_OFFLINE"] = "1"

@@ -45,6 +45,12 @@ def test_as_few_nodes_as_hold_it() -> None:
     assert (two.nodes, two.per_node, two.processes) == (2, 5, 10)
 
 
+@pytest.mark.parametrize(("told", "taken"), [("(null)", "fp32"), ("gpu:a100:1", "bf16"), ("gpu:v100:1", "fp32")])
+def test_half_precision_is_for_what_is_known_to_multiply_it(told: str, taken: str) -> None:
+    job = a_training_job(1, train={"max_steps": 1, "precision": "auto"})
+    assert shaped(job, nodes(told=told)).plan.precision == taken
+
+
 def test_as_many_nodes_as_are_wanted() -> None:
     found = shaped(a_command_job(2), nodes(), nodes=2)
     assert (found.nodes, found.per_node) == (2, 1)
