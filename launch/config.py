@@ -17,7 +17,16 @@ from launch.data_spec import DataSpec, SplitSpec
 from launch.document import Document
 from launch.errors import Refused, SpecErrors
 from launch.explain import explain
-from launch.optimisation import WHOLE_WEIGHTS, EarlyStopping, LossMode, Metric, OptimSpec, Precision
+from launch.optimisation import (
+    WHOLE_WEIGHTS,
+    EarlyStopping,
+    Half,
+    LossMode,
+    Metric,
+    OptimSpec,
+    Precision,
+    half_of,
+)
 from launch.section import Section
 
 __all__ = [
@@ -27,6 +36,7 @@ __all__ = [
     "DataSpec",
     "EarlyStopping",
     "EngineChoice",
+    "Half",
     "LossMode",
     "Metric",
     "ModelSpec",
@@ -40,6 +50,7 @@ __all__ = [
     "TrainSpec",
     "Vocabulary",
     "exists",
+    "half_of",
     "load_train_spec",
     "local_path",
     "resolve_paths",

@@ -21,7 +21,7 @@ from launch.attempt import (
     ExitCode,
     write_atomically,
 )
-from launch.config import LossMode, Offload, Precision, TrainSpec
+from launch.config import Half, LossMode, Offload, Precision, TrainSpec, half_of
 
 __all__ = [
     "ALONE",
@@ -88,6 +88,11 @@ class ExecutionPlan(Record):
     allocator: Allocator = "fast"
     """fast keeps what is freed for the next step; tight gives it back, so that as much is held as is used: on a CPU by
     malloc's threshold for mapping blocks, on a GPU by expandable segments."""
+
+    @property
+    def half(self) -> Half | None:
+        """The type of two bytes that it computes in; None: in fp32, but for products if the precision is int8."""
+        return half_of(self.precision)
 
     @property
     def zero_stage(self) -> int:

@@ -25,6 +25,7 @@ from launch.contract import ExecutionPlan
 from launch.engine_config import deepspeed_config
 from launch.errors import ContractError, SpecError
 from launch.host import resident_bytes
+from launch.int8 import precision_of
 from launch.layers import RATE_FACTOR, by_layer
 from launch.model import weight_decay_groups
 from launch.nearby import average_nearby
@@ -96,7 +97,7 @@ def make_accelerator(plan: ExecutionPlan, optim: OptimSpec, trackers: tuple[str,
     if plan.zero_stage == 0:
         return Accelerator(
             cpu=plan.device == "cpu",
-            mixed_precision="no" if plan.precision == "fp32" else plan.precision,
+            mixed_precision=plan.half or "no",
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
             **common,
         )
@@ -239,7 +240,7 @@ class PlainEngine:
                 "engine": names.get((kind, wrapped), kind),
                 "world_size": self.accelerator.num_processes,
                 "device": self.accelerator.device.type,
-                "precision": "fp32" if precision == "no" else precision,
+                "precision": precision_of(self.module) if precision == "no" else precision,
                 "offload": "none",
                 "offload_path": None,
                 "activation_checkpointing": self.module.is_activation_checkpointing,
@@ -317,7 +318,9 @@ class DeepSpeedEngine:
                 "device": self.accelerator.device.type,
                 "micro_batch_size": live.train_micro_batch_size_per_gpu(),
                 "gradient_accumulation_steps": live.gradient_accumulation_steps(),
-                "precision": "bf16" if live.bfloat16_enabled() else "fp16" if live.fp16_enabled() else "fp32",
+                "precision": (
+                    "bf16" if live.bfloat16_enabled() else "fp16" if live.fp16_enabled() else precision_of(self.module)
+                ),
                 "offload": offload,
                 "offload_path": path,
                 "activation_checkpointing": self.module.is_activation_checkpointing,

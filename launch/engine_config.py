@@ -140,7 +140,7 @@ def accelerate_config(
             "zero3_init_flag": plan.zero_stage == 3,
         }
     else:
-        config["mixed_precision"] = "no" if plan.precision == "fp32" else plan.precision
+        config["mixed_precision"] = plan.half or "no"
     return config
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from launch import dropout
 from launch.attempt import ExitCode
-from launch.config import LossMode, Precision, TrainSpec, load_train_spec
+from launch.config import LossMode, Precision, TrainSpec, half_of, load_train_spec
 from launch.contract import Device
 from launch.data import Batch
 from launch.document import read_document
@@ -36,6 +36,7 @@ from launch.errors import SpecError
 from launch.footprint_record import Curve, Footprint, Passes
 from launch.head import CHUNK_BYTES
 from launch.host import resident_bytes
+from launch.int8 import multiply_in_int8
 from launch.layers import by_layer
 from launch.ledger import Ledger
 from launch.model import build_model, weight_decay_groups
@@ -45,7 +46,7 @@ from launch.optimizers import make_optimizer, state_bytes
 DEEP = 12
 """More layers than these are not all traced."""
 LAYERS = (4, 8)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
 
 
 class Mode(NamedTuple):
@@ -129,7 +130,7 @@ def modes(spec: TrainSpec) -> Iterator[Mode]:
     natives = {"single": (False,), "ddp": (False,), "auto": (False, True)}.get(spec.strategy, (True,))
     recompute = (False, True) if wish.activation_checkpointing is None else (wish.activation_checkpointing,)
     for precision in wish.precisions:
-        for native in natives if precision != "fp32" else (False,):
+        for native in natives if half_of(precision) else (False,):
             for checkpointing in recompute:
                 for loss in losses:
                     yield Mode(precision, native, checkpointing, loss)
@@ -224,6 +225,8 @@ def traces(
     model = traced_model(spec, checkpointing=mode.checkpointing, device=device, layers=layers)
     if mode.native:
         convert(model, DTYPES[mode.precision])
+    if mode.precision == "int8":
+        multiply_in_int8(model)
     model.train()
     objective = objective_of(spec, model, None, mode.loss)
     engine = cast(Engine, TracedEngine(model, None if mode.native else DTYPES[mode.precision]))

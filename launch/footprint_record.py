@@ -100,7 +100,7 @@ class Footprint(Record):
 
     def of(self, plan: ExecutionPlan) -> Passes | None:
         """The passes that run under `plan`; `whole` stands in where chunks were not to be had. None if not known."""
-        native = plan.zero_stage > 0 and plan.precision != "fp32"
+        native = plan.zero_stage > 0 and plan.half is not None
         wanted = [
             one
             for one in self.passes

@@ -69,17 +69,15 @@ def by_layer(groups: list[dict[str, Any]], model: PreTrainedModel, decay: float 
 
 def layer_depths(model: PreTrainedModel) -> dict[nn.Parameter, int]:
     """0 for what comes before the first layer (embeddings), k for layer k, and L + 1 for what comes after the last."""
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    stacks = [
-        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == layers
-    ]
-    if layers is None or not stacks:
+    stacks = dict(stacks_of(model))
+    if not stacks:
         raise SpecError(
             f"{type(model).__name__} does not list its layers, so they have no order to decay by",
             code="no-layers",
             field="train.layer_decay",
             hint="remove train.layer_decay, or freeze what should stay with train.freeze",
         )
+    layers = len(next(iter(stacks.values())))
     depths: dict[nn.Parameter, int] = {}
     outside = 0  # parameters are registered in the order in which they are used
     for name, parameter in model.named_parameters():
@@ -90,3 +88,13 @@ def layer_depths(model: PreTrainedModel) -> dict[nn.Parameter, int]:
             depths[parameter] = 1 + int(name.removeprefix(f"{stack}.").partition(".")[0])
             outside = layers + 1
     return depths
+
+
+def stacks_of(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
+    """The lists of all of a model's layers, by name; none where it does not keep them in one."""
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    ]

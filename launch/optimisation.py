@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from launch.errors import Refused
 from launch.section import Names, Section
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+Half = Literal["bf16", "fp16"]
 LossMode = Literal["whole", "chunked"]
 Metric = Literal["loss", "accuracy", "f1_macro", "mcc", "perplexity"]
 Optimizer = Literal["adamw", "adafactor", "lion", "adamw-8bit", "lion-8bit"]
@@ -23,6 +24,11 @@ WHOLE_WEIGHTS: dict[str, str] = {
 """Optimizers for which a weight is more than its elements, and why: on ZeRO's flat pieces of weights, cut by the number
 of ranks, each would run and be another optimizer."""
 DECAY_SHARE = 0.1  # of the steps, for `wsd` where the file does not say
+
+
+def half_of(precision: Precision) -> Half | None:
+    """The type of two bytes that `precision` computes in, if it does; int8 computes in fp32 all but its products."""
+    return precision if precision in ("bf16", "fp16") else None
 
 
 class EarlyStopping(Section):
@@ -100,7 +106,8 @@ class OptimSpec(Section):
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Clip the global gradient norm; null does not clip."""
     precision: Precision | Literal["auto"] = "fp32"
-    """auto: bf16 where the hardware multiplies it, on every node that the job may run on; else fp32."""
+    """auto: bf16 where the hardware multiplies it, on every node that the job may run on; else fp32. int8: products of
+    linear layers in bytes, on CPUs with VNNI; all else in fp32."""
     activation_checkpointing: bool | None = None
     """Recompute activations in the backward pass: less memory, about a third more compute. null lets the planner
     choose: only where it would not fit otherwise."""

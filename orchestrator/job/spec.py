@@ -218,6 +218,13 @@ class TrainingJob(TrainSpec, JobSpec):
                 at=("train", "precision"),
                 hint="on a CPU take bf16 or fp32",
             )
+        if self.train.precision == "int8" and self.resources.accelerator not in ("cpu", "any"):
+            asked = self.resources.accelerator
+            raise Refused(
+                f"`train.precision: int8` is for CPUs, and the job asks for `accelerator: {asked}`",
+                at=("train", "precision"),
+                hint="on a GPU take bf16 or auto; for int8, `accelerator: cpu`",
+            )
         if high > self.train.global_batch_size:
             rows = self.train.global_batch_size
             raise Refused(

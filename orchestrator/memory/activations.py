@@ -30,6 +30,8 @@ class Numbers:
     """Of products, and of what goes into them."""
     hidden: int
     """Of hidden states between the layers."""
+    read: int = 0
+    """Of what is kept of what goes into products; 0: as it is."""
     autocast: bool = False
     """fp32 weights, cast for each product: what goes in is cast for each product, too, if it is not of that type."""
 
@@ -38,11 +40,18 @@ class Numbers:
         return FP32 if self.autocast else self.compute
 
     @property
+    def kept(self) -> int:
+        """Of what goes into a product, until its weight's gradient is made."""
+        return self.read or self.compute
+
+    @property
     def casts_inputs(self) -> bool:
         return self.autocast and self.hidden != self.compute
 
 
 WHOLE = Numbers(FP32, FP32)
+BYTES = Numbers(FP32, FP32, read=1)
+"""Products of bytes (launch.int8)."""
 AUTOCAST = Numbers(BF16, FP32, autocast=True)
 CARRIED = Numbers(BF16, BF16, autocast=True)
 """Autocast on a CPU, in encoders without an adapter (launch.hidden)."""
@@ -89,7 +98,7 @@ def kept_of_last(of: Traits, at: Setting) -> dict[str, float]:
     written = scores_are_written(of, at)
     masked = at.attention == "sdpa" and (written or at.padded)
     return {
-        "products": read,
+        "products": numbers.read * of.hidden or read,
         "attention": e * 2 * of.kv_heads * of.head_dim + of.heads * scores(of, at) * written + MASK * masked,
         "adapter": at.lora * e,  # as if all that is adapted were keys and values: on the safe side
         "first token": sum(kept(of, at).values()) / at.length,
@@ -129,7 +138,7 @@ def _inputs(of: Traits, at: Setting) -> float:
     readers = (1 if of.fused_qkv else 3, 2 if of.gated else 1)
     if numbers.casts_inputs:
         return sum(readers) * of.hidden * numbers.compute
-    return len(readers) * of.hidden * numbers.hidden
+    return len(readers) * of.hidden * (numbers.read or numbers.hidden)
 
 
 def _attention(of: Traits, at: Setting) -> float:
@@ -142,7 +151,8 @@ def _attention(of: Traits, at: Setting) -> float:
     written = scores_are_written(of, at)
     # With a mask, keys and values are repeated for the queries that share them; of a single head that is a view.
     repeats = at.attention == "eager" or (at.attention == "sdpa" and at.padded and of.kv_heads > 1)
-    states = e * (2 * query + (2 * query if repeats or of.kv_heads == of.heads else keys))
+    result = at.numbers.kept * query  # goes into a product
+    states = result + e * (query + (2 * query if repeats or of.kv_heads == of.heads else keys))
     if written:
         mask = MASK * at.length if at.attention == "sdpa" else 0
         return states + of.heads * at.length * scores(of, at) + mask
@@ -177,12 +187,12 @@ def _feed_forward(of: Traits, at: Setting) -> float:
     e = at.numbers.compute
     if of.gated:
         # Gate, its activation (Shazeer 2020), the other half, their product; in one kernel not the activation.
-        return (3 if at.fused else 4) * e * of.ffn
+        return ((2 if at.fused else 3) * e + at.numbers.kept) * of.ffn
     if of.activation == "gelu_new":  # written out in five operations
         if at.numbers.autocast and at.device == "cuda":  # whose power is taken in fp32
             return (3 * FP32 + 2 * e) * of.ffn
-        return 5 * e * of.ffn
-    return 2 * e * of.ffn
+        return (4 * e + at.numbers.kept) * of.ffn
+    return (e + at.numbers.kept) * of.ffn
 
 
 def backward(of: Traits, at: Setting) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
-from launch.config import LossMode, Precision, TrainSpec
+from launch.config import LossMode, Precision, TrainSpec, half_of
 from launch.contract import Device
 from launch.engine_config import PERSISTENT_ELEMENTS
 from launch.families import ENCODERS, Traits
@@ -18,6 +18,7 @@ from launch.shape import ModelShape, Trained, trained
 from orchestrator.memory.activations import (
     AUTOCAST,
     BF16,
+    BYTES,
     CARRIED,
     FP32,
     HALF,
@@ -107,7 +108,7 @@ def footprint(shape: ModelShape, spec: TrainSpec, device: Device, reason: str | 
     passes = [
         _passes(shape, parts, spec, device, precision=precision, native=native, checkpointing=checkpointing, loss=loss)
         for precision in spec.train.precisions
-        for native in ((False,) if precision == "fp32" else (False, True))
+        for native in ((False, True) if half_of(precision) else (False,))
         for checkpointing in (False, True)
         for loss in losses_of(shape, parts)
     ]
@@ -159,6 +160,8 @@ def _buffers(shape: ModelShape) -> int:
 
 
 def numbers_of(precision: Precision, *, native: bool, carried: bool = False) -> Numbers:
+    if precision == "int8":
+        return BYTES
     if precision == "fp32":
         return WHOLE
     return HALF if native else CARRIED if carried else AUTOCAST

@@ -157,7 +157,7 @@ class _Rank:
     @property
     def narrow(self) -> bool:
         """Whether the weights themselves are of two bytes."""
-        return self.stage > 0 and self.plan.precision != "fp32"
+        return self.stage > 0 and self.plan.half is not None
 
     @cached_property
     def width(self) -> int:

@@ -39,6 +39,6 @@ def cold(footprint: Footprint, plan: ExecutionPlan) -> Margin:
         return WIDE
     if plan.device == "cuda":
         return COLD
-    if plan.precision != "fp32":
+    if plan.half:
         return HIDDEN
     return COLD if plan.zero_stage else EXACT

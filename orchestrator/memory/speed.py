@@ -77,12 +77,12 @@ def step_time(work: Work, spec: TrainSpec, footprint: Footprint, plan: Execution
     rows = -(-spec.train.global_batch_size // plan.world_size)
     steps = plan.gradient_accumulation_steps
     passes = work.forward * (2 if plan.activation_checkpointing else 1) + work.backward
-    width = 4 if plan.precision == "fp32" else 2
+    width = 2 if plan.half else 4
     if gpu is None:
         rate = CORE_FLOPS * kind.cores / local
         started, memory = LAYER_SECONDS["cpu"], HOST_MEMORY / local
     else:
-        rate = (gpu.tflops_fp32 if plan.precision == "fp32" else gpu.tflops) * 1e12 * REACHED
+        rate = (gpu.tflops if plan.half else gpu.tflops_fp32) * 1e12 * REACHED
         started, memory = LAYER_SECONDS["cuda"], gpu.memory_gb_s * 1e9
     # A pass reads every weight at least once, however few tokens there are.
     reading = steps * 3 * width * work.parameters / memory
@@ -102,7 +102,7 @@ def traffic(work: Work, plan: ExecutionPlan) -> float:
     """Bytes that a rank sends in a step. An all-reduce is a reduce-scatter and an all-gather, each the size of what is
     reduced or gathered, less the rank's own share."""
     others = (plan.world_size - 1) / plan.world_size
-    native = 4 if plan.precision == "fp32" else 2
+    native = 2 if plan.half else 4
     if plan.zero_stage == 0:
         return 2 * 4 * work.trainable * others  # fp32 gradients, once a step
     gradients, weights = native * work.trainable, native * work.trainable
