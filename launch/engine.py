@@ -25,7 +25,7 @@ from launch.contract import ExecutionPlan
 from launch.engine_config import deepspeed_config
 from launch.errors import ContractError, SpecError
 from launch.host import resident_bytes
-from launch.int8 import precision_of
+from launch.int8 import multiply_in_int8, precision_of
 from launch.layers import RATE_FACTOR, by_layer
 from launch.model import weight_decay_groups
 from launch.nearby import average_nearby
@@ -135,8 +135,10 @@ def build_engine(accelerator: Accelerator, model: PreTrainedModel, plan: Executi
 
     Raises:
         ContractError: the live engine differs from the plan, with every difference, or cannot run what it says.
-        SpecError: the job's optimisation does not fit the model.
+        SpecError: the job's optimisation, or its precision, does not fit the model.
     """
+    if plan.precision == "int8":
+        multiply_in_int8(model)
     if plan.zero_stage > 0 and optim.optimizer in WHOLE_WEIGHTS:
         raise ContractError(
             f"{optim.optimizer} needs whole weights, which {plan.engine} does not give it",

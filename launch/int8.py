@@ -95,14 +95,17 @@ def by_columns(values: torch.Tensor) -> Quantised:
 def _quantised(kernel: str, values: torch.Tensor, scaled: int) -> Quantised:
     assert values.dtype == torch.float32, values.dtype
     rows, columns = values.shape
-    found = Quantised(torch.empty(values.shape, dtype=torch.int8), torch.empty(values.shape[scaled]))
+    found = Quantised(
+        torch.empty(values.shape, dtype=torch.int8), torch.empty(values.shape[scaled], dtype=torch.float32)
+    )
     if not isinstance(values, FakeTensor):
         getattr(_kernels(), kernel)(values.data_ptr(), found.bytes.data_ptr(), found.scales.data_ptr(), rows, columns)
     return found
 
 
 def multiplied(left: Quantised, right: Quantised, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """fp32 (m, n): `left`, (m, k) by rows, times `right`, (k, n) by columns, and `bias` (n) in each row."""
+    """fp32 (m, n): `left`, (m, k) by rows, times `right`, (k, n) by columns, and `bias` (n) in each row. Not for
+    matrices of one row or column, which torch (2.13) takes for others when they are transposed."""
     sums = torch._int_mm(left.bytes, right.bytes)
     if not isinstance(sums, FakeTensor):
         added = None if bias is None else bias.data_ptr()
@@ -115,11 +118,24 @@ def transposed(matrix: Quantised) -> Quantised:
     return Quantised(matrix.bytes.t(), matrix.scales)
 
 
-class _Input(NamedTuple):
-    of: weakref.ref[torch.Tensor]
-    version: int
-    rows: Quantised
-    columns: Quantised
+class _Input:
+    """What goes into a product, in bytes."""
+
+    def __init__(self, input: torch.Tensor) -> None:
+        self._of, self._version = weakref.ref(input, self._forget), input._version
+        self._matrix = input.detach().reshape(-1, input.shape[-1])
+        self.rows = by_rows(self._matrix)
+
+    @functools.cached_property
+    def columns(self) -> Quantised:
+        return by_columns(self._matrix)
+
+    def is_of(self, input: torch.Tensor) -> bool:
+        return self._of() is input and self._version == input._version
+
+    def _forget(self, _: weakref.ref[torch.Tensor]) -> None:
+        if _inputs == [self]:
+            _inputs.clear()
 
 
 _inputs: list[_Input] = []
@@ -127,12 +143,8 @@ _inputs: list[_Input] = []
 
 
 def _taken(input: torch.Tensor) -> _Input:
-    """`input`'s matrix in bytes."""
-    if _inputs and _inputs[0].of() is input and _inputs[0].version == input._version:
-        return _inputs[0]
-    matrix = input.detach().reshape(-1, input.shape[-1])
-    of = weakref.ref(input, lambda of: _inputs.clear() if _inputs and _inputs[0].of is of else None)
-    _inputs[:] = [_Input(of, input._version, by_rows(matrix), by_columns(matrix))]
+    if not (_inputs and _inputs[0].is_of(input)):
+        _inputs[:] = [_Input(input)]
     return _inputs[0]
 
 

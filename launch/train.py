@@ -24,7 +24,6 @@ from launch.gathers import tell_of_gathers
 from launch.guard import Guard
 from launch.host import resident_bytes, take_share
 from launch.instructions import SLOW_BF16, USE_FP32, multiplies_bf16
-from launch.int8 import multiply_in_int8
 from launch.losses import MAX_SKIPPED, loss_terms, not_finite, weights_of_classes
 from launch.metrics import Asking, EarlyStop, Evaluation, Interrupted, check_held_out, evaluate
 from launch.model import build_model, load_tokenizer
@@ -72,8 +71,6 @@ def train(contract: RunContract, files: AttemptFiles, rank: int, stop: StopWish)
     keep_used(model, spec.model.vocabulary, corpus.parts().values(), pad_token_id)
     if plan.device == "cpu":
         drop_cheaply(model)
-    if plan.precision == "int8":
-        multiply_in_int8(model)
     weights = weights_of_classes(spec.train.class_weights, corpus.train, corpus.labels)
     objective = objective_of(spec, model, weights, plan.loss)
     engine = build_engine(accelerator, model, plan, spec.train)
