@@ -24,6 +24,7 @@ SINGLE = [
     Case("llama", 64, 8), Case("llama", 256, 4), Case("llama", 256, 4, precision="bf16"),
     Case("llama", 256, 8, checkpointing=True), Case("llama", 256, 2, loss="whole"), Case("llama", 512, 4, lora=True),
     Case("llama", 256, 4, accumulation=2), Case("bert", 64, 8, copies=True),
+    Case("bert", 256, 8, precision="int8"), Case("llama", 256, 4, precision="int8", lora=True),
 ]  # fmt: skip
 SHARDED = [
     Case("bert", 256, 8, "ddp"), Case("bert", 256, 8, "zero1"), Case("bert", 256, 8, "zero2"),
@@ -34,6 +35,7 @@ SHARDED = [
     Case("llama", 256, 4, "zero2", offload="optimizer"), Case("llama", 256, 4, "zero3", offload="all"),
     Case("llama", 256, 4, "zero2", accumulation=2), Case("gpt2", 512, 2, "ddp", "bf16"),
     Case("bert", 64, 8, "ddp", copies=True), Case("llama", 64, 4, "zero2", copies=True),
+    Case("bert", 256, 8, "zero3", "int8"),
 ]  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def of_accelerate(footprint: Footprint, case: Case) -> int:
     """`accelerate estimate-memory`: training with Adam, in one process."""
     from accelerate.commands.estimate import estimate_training_usage
 
-    dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[case.precision]
+    dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "float32"}[case.precision]
     usage = estimate_training_usage(4 * footprint.parameters, dtype)
     return int(max(usage.values()))
 

@@ -46,11 +46,13 @@ def library() -> ctypes.CDLL:
         raise _refused("this CPU is not an x86-64 one with AVX2", "take train.precision: fp32 or auto")
     name = name_of(level)
     built = next((folder / name for folder in (INSTALLED, _cache()) if (folder / name).exists()), None)
+    path = built or build(_cache() / name, level)
     try:
-        return ctypes.CDLL(str(built or build(_cache() / name, level)))
-    except OSError as problem:
-        # Another compiler's OpenMP, or a torch without any.
-        raise _refused(f"the compiled kernels cannot be loaded: {problem}", "compile them with gcc (CC=gcc)") from None
+        return ctypes.CDLL(str(path))
+    except OSError as problem:  # damaged; of another compiler's OpenMP; or a torch without any
+        raise _refused(
+            f"its kernels cannot be loaded: {problem}", f"remove {path}, to compile them anew by gcc"
+        ) from None
 
 
 def level_of(flags: frozenset[str]) -> str | None:

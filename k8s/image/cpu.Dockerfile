@@ -25,6 +25,9 @@ COPY launch ./launch
 COPY orchestrator ./orchestrator
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     pip install -c constraints.txt --no-build-isolation '.[postgres,s3,k8s,tensorboard]'
+# The kernels of `train.precision: int8`, into the installation and not into this folder's copy of it.
+WORKDIR /
+RUN python -m launch.native
 
 FROM python:3.11.14-slim-bookworm
 RUN groupadd --gid 1000 tuneyard \

@@ -16,7 +16,7 @@ import psutil
 import typer
 from rich.table import Table
 
-from launch.instructions import SLOW_BF16, USE_FP32, multiplies_bf16
+from launch.instructions import SLOW_BF16, USE_FP32, multiplies_bf16, multiplies_int8
 from orchestrator.cli.output import Format, Output, out, print_json, size
 from orchestrator.settings import Settings
 
@@ -125,9 +125,13 @@ def _gpus() -> Finding:
 
 
 def _cpu() -> Finding:
+    bytes_, faster = "", ""
+    if multiplies_int8():
+        bytes_ = "; products of bytes (VNNI): `train.precision: int8`"
+        faster = "; int8 is faster, and rounds products more coarsely"
     if multiplies_bf16():
-        return Finding("cpu", "ok", "bf16 in hardware")
-    return Finding("cpu", "warn", SLOW_BF16, USE_FP32)
+        return Finding("cpu", "ok", f"bf16 in hardware{bytes_}")
+    return Finding("cpu", "warn", f"{SLOW_BF16}{bytes_}", f"{USE_FP32}{faster}")
 
 
 def _memory() -> Finding:

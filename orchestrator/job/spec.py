@@ -203,6 +203,18 @@ class JobSpec(Section):
 class TrainingJob(TrainSpec, JobSpec):
     """A job that `launch` trains."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bytes_are_for_cpus(cls, keys: Any) -> Any:
+        """With `precision: int8` any accelerator is a CPU."""
+        if not isinstance(keys, dict):
+            return keys
+        train, resources = keys.get("train"), keys.get("resources", {})
+        if not (isinstance(train, dict) and train.get("precision") == "int8" and isinstance(resources, dict)):
+            return keys
+        named = resources.get("accelerator", "any")
+        return {**keys, "resources": {**resources, "accelerator": "cpu" if named == "any" else named}}
+
     @model_validator(mode="after")
     def _gang_fits_strategy(self) -> TrainingJob:
         low, high = self.resources.bounds
@@ -218,7 +230,7 @@ class TrainingJob(TrainSpec, JobSpec):
                 at=("train", "precision"),
                 hint="on a CPU take bf16 or fp32",
             )
-        if self.train.precision == "int8" and self.resources.accelerator not in ("cpu", "any"):
+        if self.train.precision == "int8" and self.resources.accelerator != "cpu":
             asked = self.resources.accelerator
             raise Refused(
                 f"`train.precision: int8` is for CPUs, and the job asks for `accelerator: {asked}`",

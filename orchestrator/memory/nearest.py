@@ -66,7 +66,7 @@ def _changes(job: TrainingJob, kinds: Sequence[NodeKind]) -> Iterator[Try]:
     while size < min(available, rows):
         size = min(2 * size, available, rows)
         yield f"on {size} processes", _processes(free, size), kinds
-    if job.resources.accelerator != "any":
+    if job.resources.accelerator != "any" and job.train.precision != "int8":
         anywhere = _with(free, {"resources": {"accelerator": "any"}})
         yield "with resources.accelerator: any", anywhere, kinds
     if job.train.precision in ("auto", "fp32"):

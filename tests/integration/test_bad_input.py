@@ -236,6 +236,8 @@ TOGETHER = [
         "inconsistent", "resources.num_processes", "at most 2 processes"),
     Bad("fp16-on-cpu", training(more=f"  precision: fp16 {HERE}\nresources: {{accelerator: cpu}}\n"),
         "inconsistent", "train.precision", "bf16 or fp32"),
+    Bad("int8-on-a-gpu", training(more=f"  precision: int8 {HERE}\nresources: {{accelerator: A100}}\n"),
+        "inconsistent", "train.precision", "accelerator: cpu"),
     Bad("impossible-gang", COMMAND + f"resources:\n  num_processes: 64 {HERE}\n",
         "impossible-gang", "resources.num_processes", "ask for at most 4 processes"),
     Bad("no-such-gpu", COMMAND + f"resources:\n  accelerator: H100000 {HERE}\n",

@@ -70,3 +70,16 @@ def test_a_gpu_without_bf16_is_told_before_anything_is_loaded(tmp_path: Path, mo
         make_accelerator(plan, a_wish("bf16").train, (), str(tmp_path))
     assert (caught.value.code, caught.value.field) == ("precision-not-available", "train.precision")
     assert "Tesla V100" in str(caught.value)
+
+
+@pytest.mark.parametrize(("device", "why"), [("cpu", "VNNI"), ("cuda", "for CPUs")])
+def test_int8_where_it_cannot_be_is_told_before_anything_is_loaded(
+    device: Any, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.precision.multiplies_int8", lambda: False)
+    plan = plan_alone(a_wish("int8"), 1, device)
+    assert (plan.precision, plan.half) == ("int8", None)
+    with pytest.raises(SpecError) as caught:
+        make_accelerator(plan, a_wish("int8").train, (), str(tmp_path))
+    assert (caught.value.code, caught.value.field) == ("precision-not-available", "train.precision")
+    assert why in str(caught.value)

@@ -36,6 +36,8 @@ from launch.footprint import (
     traces,
 )
 from launch.footprint_record import Footprint
+from launch.instructions import NO_INT8, multiplies_int8
+from launch.int8 import multiply_in_int8
 from launch.layers import by_layer
 from launch.ledger import Ledger
 from launch.model import build_model, weight_decay_groups
@@ -62,6 +64,12 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.head, "CHUNK_BYTES", 16 * 4 * 320)
 
 
+@pytest.fixture
+def narrow_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers as small as these multiply bytes, too, where they are asked to."""
+    monkeypatch.setattr(launch.int8, "NARROWEST", 16)
+
+
 def a_job(world: Path, kind: str, **changes: Any) -> TrainSpec:
     """With the dropout of its configuration; nothing is read of the data."""
     task = "sequence-classification" if kind == "bert" else "causal-lm"
@@ -82,6 +90,8 @@ def ledger_of(spec: TrainSpec, mode: Mode) -> Iterator[tuple[int, ...]]:
     model = built(spec, checkpointing=mode.checkpointing)
     if mode.native:
         convert(model, DTYPES[mode.precision])
+    if mode.precision == "int8":
+        multiply_in_int8(model)
     model.train()
     objective = objective_of(spec, model, None, mode.loss)
     engine = cast(Engine, TracedEngine(model, None if mode.native else DTYPES[mode.precision]))
@@ -117,6 +127,8 @@ CASES = [
     pytest.param("bert", LORA, Mode("fp32", False, True, "whole"), id="bert-lora-checkpointing"),
     pytest.param("bert", {}, Mode("bf16", False, False, "whole"), id="bert-autocast"),
     pytest.param("bert", {}, Mode("bf16", True, False, "whole"), id="bert-native"),
+    pytest.param("bert", {}, Mode("int8", False, False, "whole"), id="bert-int8"),
+    pytest.param("llama", LORA, Mode("int8", False, True, "chunked"), id="llama-lora-int8-checkpointing"),
     pytest.param("llama", {}, Mode("fp32", False, True, "chunked"), id="llama-chunked-checkpointing"),
     pytest.param("llama", PACKED, Mode("bf16", False, False, "chunked"), id="llama-packed-autocast"),
     pytest.param("llama", LORA, Mode("bf16", True, True, "whole"), id="llama-lora-native-checkpointing"),
@@ -125,12 +137,14 @@ CASES = [
 ]
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_chunks", "narrow_layers")
 @pytest.mark.parametrize(("kind", "changes", "mode"), CASES)
 def test_a_trace_is_what_a_real_model_makes(world: Path, kind: str, changes: dict[str, Any], mode: Mode) -> None:
     data = changes.get("data", {})
     spec = a_job(world, kind, train={"precision": mode.precision}, **{k: v for k, v in changes.items() if k != "data"})
     spec = spec.model_copy(update={"data": spec.data.model_copy(update=data)})
+    if mode.precision == "int8" and not multiplies_int8():
+        pytest.skip(NO_INT8)
     real = list(ledger_of(spec, mode))
     with NoMemory():
         traced = traces(spec, mode, ROWS, LENGTH, "cpu", None)
@@ -217,6 +231,7 @@ def test_what_the_job_file_fixes_is_not_traced_otherwise(world: Path) -> None:
     open_ = ways(strategy="zero2", train=fixed | {"precision": "auto"})
     assert open_ == [("fp32", False, True, "whole"), ("bf16", True, True, "whole")]
     assert {loss for *_, loss in ways("bert")} == {"whole"}
+    assert ways(strategy="auto", train=fixed | {"precision": "int8"}) == [("int8", False, True, "whole")]
 
 
 def test_rows_are_where_chunks_are_full() -> None:

@@ -170,6 +170,13 @@ def test_doctor_tells_of_a_cpu_on_which_bf16_is_slow(has: bool, level: str, monk
     assert (found.remedy is not None and "fp32" in found.remedy) is not has
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_doctor_tells_of_a_cpu_that_multiplies_bytes(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.cli.doctor.multiplies_int8", lambda: has)
+    (found,) = (finding for finding in examine(Settings()) if finding.check == "cpu")
+    assert ("int8" in found.found) is has
+
+
 def test_doctor_fails_for_what_does_not_work(
     tmp_path: Path, tuneyard: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

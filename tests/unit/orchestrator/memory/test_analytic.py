@@ -8,13 +8,27 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import launch.int8
 from launch.config import AdapterSpec, Task
 from launch.contract import ExecutionPlan
 from launch.first_token import narrow_last_layer
 from launch.footprint_record import Footprint
 from launch.hidden import carry_narrow
+from launch.instructions import NO_INT8, multiplies_int8
+from launch.int8 import multiply_in_int8
 from launch.shape import ModelShape, shape_of_config, trained
-from orchestrator.memory.activations import AUTOCAST, CARRIED, HALF, WHOLE, Numbers, Setting, ends, kept, kept_of_last
+from orchestrator.memory.activations import (
+    AUTOCAST,
+    BYTES,
+    CARRIED,
+    HALF,
+    WHOLE,
+    Numbers,
+    Setting,
+    ends,
+    kept,
+    kept_of_last,
+)
 from orchestrator.memory.analytic import CHUNK_BYTES, footprint
 from orchestrator.memory.estimate import predict
 from tests.builders import a_training_job
@@ -33,7 +47,7 @@ ENCODER = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256
 PLAIN = ENCODER | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 GPT = {"n_embd": 64, "n_head": 4, "vocab_size": 64, "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
 ROWS, LENGTH = 4, 44
-NUMBERS = {"fp32": WHOLE, "native": HALF, "autocast": AUTOCAST, "carried": CARRIED}
+NUMBERS = {"fp32": WHOLE, "native": HALF, "autocast": AUTOCAST, "carried": CARRIED, "int8": BYTES}
 
 
 BERT = PLAIN | {"num_hidden_layers": 2}
@@ -41,6 +55,15 @@ DISTILBERT = {
     "dim": 64, "n_heads": 4, "hidden_dim": 256, "vocab_size": 64, "n_layers": 2, "dropout": 0.0,
     "attention_dropout": 0.0, "seq_classif_dropout": 0.0,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def narrow_layers(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Layers as small as these multiply bytes, too, where they are asked to."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec and callspec.params.get("numbers") == "int8" and not multiplies_int8():
+        pytest.skip(NO_INT8)
+    monkeypatch.setattr(launch.int8, "NARROWEST", 16)
 
 
 def kept_by_torch(kind: str, task: Task, sizes: dict[str, Any], numbers: Numbers, attention: str) -> float:
@@ -62,6 +85,8 @@ def saved_bytes(config: Any, task: Task, numbers: Numbers, attention: str, *, na
         narrow_last_layer(model)
     if numbers is CARRIED:
         carry_narrow(model)
+    if numbers is BYTES:
+        multiply_in_int8(model)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     sizes = {tuple(sorted(weight.shape)) for weight in model.parameters()}  # of their casts, too
     ids = torch.zeros((ROWS, LENGTH), dtype=torch.int64)
@@ -99,7 +124,12 @@ CASES: list[tuple[str, Task, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(
     ("numbers", "kind", "task", "sizes", "attention"),
-    [(numbers, *case) for numbers in NUMBERS for case in CASES if numbers != "carried" or case[1] == CLASSES],
+    [
+        (numbers, *case)
+        for numbers in NUMBERS
+        for case in CASES
+        if (numbers != "carried" or case[1] == CLASSES) and (numbers != "int8" or case[0] != "gpt2")
+    ],
 )
 def test_what_a_layer_keeps(numbers: str, kind: str, task: Task, sizes: dict[str, Any], attention: str) -> None:
     shape = shape_of_config({"model_type": kind, **sizes}, task)

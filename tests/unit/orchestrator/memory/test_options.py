@@ -184,6 +184,11 @@ def test_a_gang_that_no_kind_of_node_holds_alone_is_placed_by_numbers() -> None:
     assert found(a_job(6), a_node("a", slots=4, memory_gib=100), a_node("b", slots=2, memory_gib=100)) is None
     fp16 = a_job(train={"precision": "fp16"})
     assert found(fp16, a_node(memory_gib=100)) is None, "that a CPU has no fp16 is not a matter of memory"
+    int8 = a_job(train={"precision": "int8"})
+    a100 = a_node("a100", gpus=1, gpu_type="A100", memory_gib=64, gpu_memory_gib=40)
+    assert found(int8, a100) is None, "nor that int8 is for CPUs"
+    assert best(int8, a100, a_node(memory_gib=100)).device == "cpu"
+    assert best(int8, a_node(memory_gib=100)).precision == "int8"
 
 
 LIKE = ("bert", "single", "fast")
