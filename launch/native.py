@@ -50,9 +50,8 @@ def library() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError as problem:  # damaged; of another compiler's OpenMP; or a torch without any
-        raise _refused(
-            f"its kernels cannot be loaded: {problem}", f"remove {path}, to compile them anew by gcc"
-        ) from None
+        hint = f"remove {path}, to compile them anew by gcc"
+        raise _refused(f"its kernels cannot be loaded: {problem}", hint) from None
 
 
 def level_of(flags: frozenset[str]) -> str | None:

@@ -29,7 +29,7 @@ train:
   epochs: 3                      # or max_steps
   global_batch_size: 32          # rows a step over all processes: the same for any number of them
   learning_rate: {rate}
-  precision: auto                # auto (bf16 where the hardware has it, else fp32) | fp32 | bf16 | fp16 (GPU) | int8 (CPU)
+  precision: auto                # auto (bf16 where hardware has it, else fp32) | fp32 | bf16 | fp16 (GPU) | int8 (CPU)
   eval_every: 100                # steps
   early_stopping: {{metric: loss, patience: 3}}
   seed: 0

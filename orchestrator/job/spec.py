@@ -203,17 +203,13 @@ class JobSpec(Section):
 class TrainingJob(TrainSpec, JobSpec):
     """A job that `launch` trains."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _bytes_are_for_cpus(cls, keys: Any) -> Any:
+    @model_validator(mode="after")
+    def _bytes_are_for_cpus(self) -> TrainingJob:
         """With `precision: int8` any accelerator is a CPU."""
-        if not isinstance(keys, dict):
-            return keys
-        train, resources = keys.get("train"), keys.get("resources", {})
-        if not (isinstance(train, dict) and train.get("precision") == "int8" and isinstance(resources, dict)):
-            return keys
-        named = resources.get("accelerator", "any")
-        return {**keys, "resources": {**resources, "accelerator": "cpu" if named == "any" else named}}
+        if self.train.precision == "int8" and self.resources.accelerator == "any":
+            # Frozen from here on. Keys as they come, before types are checked, would be checked by looser rules.
+            object.__setattr__(self, "resources", self.resources.model_copy(update={"accelerator": "cpu"}))
+        return self
 
     @model_validator(mode="after")
     def _gang_fits_strategy(self) -> TrainingJob:

@@ -98,7 +98,8 @@ def kept_of_last(of: Traits, at: Setting) -> dict[str, float]:
     written = scores_are_written(of, at)
     masked = at.attention == "sdpa" and (written or at.padded)
     return {
-        "products": numbers.read * of.hidden or read,
+        # In bytes for keys and values; whole for the query of few rows (launch.int8), whose token is a part of it.
+        "products": numbers.read * of.hidden + read,
         "attention": e * 2 * of.kv_heads * of.head_dim + of.heads * scores(of, at) * written + MASK * masked,
         "adapter": at.lora * e,  # as if all that is adapted were keys and values: on the safe side
         "first token": sum(kept(of, at).values()) / at.length,
@@ -151,7 +152,8 @@ def _attention(of: Traits, at: Setting) -> float:
     written = scores_are_written(of, at)
     # With a mask, keys and values are repeated for the queries that share them; of a single head that is a view.
     repeats = at.attention == "eager" or (at.attention == "sdpa" and at.padded and of.kv_heads > 1)
-    result = at.numbers.kept * query  # goes into a product
+    # The result goes into a product, and a kernel that keeps no scores keeps it, too.
+    result = query * (at.numbers.kept if written or not at.numbers.read else at.numbers.read + e)
     states = result + e * (query + (2 * query if repeats or of.kv_heads == of.heads else keys))
     if written:
         mask = MASK * at.length if at.attention == "sdpa" else 0
