@@ -16,7 +16,7 @@ from tests.attempts import Job
 from tests.worlds import a_contract, a_plan, a_spec, start, write_bert, write_messages
 
 pytestmark = pytest.mark.skipif(not multiplies_int8(), reason=NO_INT8)
-STEPS = 12
+STEPS = 25
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
     return a_spec(
         write_bert(world / "bert", hidden=128),
         write_messages(world / "messages.tsv", rows=147),
-        train={"max_steps": STEPS, "global_batch_size": 16, "learning_rate": 5e-4, "precision": "int8"},
+        train={"max_steps": STEPS, "global_batch_size": 16, "learning_rate": 2e-3, "precision": "int8"},
     )
 
 
@@ -60,7 +60,7 @@ def test_it_learns_as_in_fp32(alone: tuple[RankResult, dict[str, torch.Tensor]],
     result, weights = alone
     assert result.precision == "int8"
     found = losses(result)
-    assert found[-3:].mean() < 0.9 * found[:3].mean()
+    assert found[-3:].mean() < 0.2 * found[:3].mean()
     assert 0 < np.abs(found - in_fp32).max() < 0.02
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
@@ -81,7 +81,7 @@ def test_every_engine_multiplies_bytes(spec: TrainSpec, in_fp32: np.ndarray, tmp
 
 def test_its_checkpoint_goes_on_in_another_precision(spec: TrainSpec, in_fp32: np.ndarray, tmp_path: Path) -> None:
     moved = Job(spec, tmp_path)
-    moved.run("ddp", 2, stop_at=6)
+    moved.run("ddp", 2, stop_at=12)
     moved.plan = {"precision": "fp32"}
     ended = moved.run("zero2", 2)
     assert ended[0].result is not None
