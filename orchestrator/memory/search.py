@@ -208,15 +208,10 @@ def placements(job: TrainingJob, kinds: Iterable[NodeKind]) -> Iterator[tuple[No
     low, high = job.resources.bounds
     sizes = {low, high, *range(low, min(high, low + 8)), *(1 << power for power in range(17))}
     for kind in kinds:
-        if kind.takes(job.resources.accelerator) and job.train.precision not in elsewhere(kind):
+        if kind.takes(job.resources.accelerator) and not (kind.gpu is None and job.train.precision == "fp16"):
             most = min(high, kind.most)
             for world in sorted(size for size in sizes | {most} if low <= size <= most):
                 yield kind, world
-
-
-def elsewhere(kind: NodeKind) -> tuple[Precision, ...]:
-    """Precisions that such nodes do not have."""
-    return ("fp16",) if kind.gpu is None else ("int8",)
 
 
 def frames(job: TrainingJob, world: int, kind: NodeKind, precision: Precision) -> Iterator[ExecutionPlan]:
